@@ -1,0 +1,1 @@
+"""The migrating peer-to-peer QUIC connection; sans-IO except shell."""
