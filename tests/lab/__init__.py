@@ -1,0 +1,1 @@
+"""Real kernels: network namespaces, real devices and real packets."""

@@ -1,0 +1,1 @@
+"""One module, no kernel, no clock."""
