@@ -1,0 +1,67 @@
+"""What a node tells the shell, drained with `Node.next_event()`. Peers are meant by their name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from tunnel.config import Endpoint
+from tunnel.ledger import Migration
+
+
+@dataclass(frozen=True, slots=True)
+class PeerConnecting:
+    """A peer is being sought: at the start, or after its connection ended."""
+
+    peer: str
+
+
+@dataclass(frozen=True, slots=True)
+class PeerUp:
+    """A peer's identity is verified and packets flow, for the first time or again."""
+
+    peer: str
+
+
+@dataclass(frozen=True, slots=True)
+class PeerHolding:
+    """There is no path to a peer; the tunnel, its routes and its flows are kept."""
+
+    peer: str
+
+
+@dataclass(frozen=True, slots=True)
+class PeerMigrated:
+    """A peer moved to another path."""
+
+    record: Migration
+
+
+@dataclass(frozen=True, slots=True)
+class PeerRefused:
+    """Somebody was turned away; `peer` is None where no configured peer is to blame."""
+
+    peer: str | None
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ResolveWanted:
+    """Please resolve these endpoints and answer with `Node.endpoints_resolved`."""
+
+    peer: str
+    endpoints: tuple[Endpoint, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PingReply:
+    """A peer answered `Node.ping`; `rtt` in seconds, over the tunnel's own control stream."""
+
+    peer: str
+    token: int
+    rtt: float
+
+
+NodeEvent: TypeAlias = (
+    PeerConnecting | PeerUp | PeerHolding | PeerMigrated | PeerRefused | ResolveWanted | PingReply
+)

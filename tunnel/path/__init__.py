@@ -1,0 +1,1 @@
+"""What a path is, and which one is best."""
