@@ -1,0 +1,1 @@
+"""Real nodes on a fake clock and a simulated network."""

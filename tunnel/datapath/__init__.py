@@ -1,0 +1,1 @@
+"""IP packets to sealed QUIC packets and back, in batches."""

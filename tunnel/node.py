@@ -1,0 +1,344 @@
+"""All peers of this host behind one UDP port and one TUN; the one object the shell drives.
+
+Sans-IO: datagrams, packets, network snapshots and the time go in; datagrams, packets, events and
+one deadline come out. Nothing here reads a clock or opens a socket.
+"""
+
+import errno
+import hmac
+import random
+from collections import deque
+from functools import partial
+from typing import Any, TextIO
+
+from tunnel.config import Config
+from tunnel.control import PROTOCOL_VERSION, ApplicationError, Hello
+from tunnel.datapath.engine import Engine
+from tunnel.events import NodeEvent, PeerRefused
+from tunnel.identity import Identity
+from tunnel.ledger import Ledger
+from tunnel.path.network import Address, LocalNetwork, PathKey
+from tunnel.peer import Peer, Surroundings
+from tunnel.quic.admission import (
+    MIN_RESET_TRIGGER,
+    RESET_LENGTH,
+    Admitted,
+    Door,
+    Header,
+    read_header,
+    stateless_reset,
+    token_maker,
+)
+from tunnel.quic.configuration import connection_configuration
+from tunnel.quic.connection import PeerConnection
+from tunnel.quic.control_stream import CidIssued, CidRetired, Ended, Said, Session
+from tunnel.quic.logging import StreamLogger
+from tunnel.routing import AllowedIPs
+
+STRANGER_PATIENCE = 5.0
+"""Seconds until a handshake that somebody began with us must have shown its Hello."""
+RESETS_PER_SECOND = 20
+FEATURES = ("copies",)
+CLOSE_LINGER = 0.2  # seconds for the last datagrams of a closing node
+
+
+class Node:
+    """The tunnel of one interface.
+
+    `boot_id` (16 random bytes) is new for each start of the process. `wall_offset` plus the
+    monotonic time is Unix time, for the ledger alone.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        identity: Identity,
+        *,
+        rng: random.Random,
+        boot_id: bytes,
+        wall_offset: float = 0.0,
+        keylog: TextIO | None = None,
+        quic_logger: StreamLogger | None = None,
+        max_packets_per_key: int | None = None,
+    ) -> None:
+        self._config = config
+        self._identity = identity
+        self._rng = rng
+        self._keylog = keylog
+        self._quic_logger = quic_logger
+        self._max_packets_per_key = max_packets_per_key
+        self._own_key = identity.public_key.raw
+        self._reset_secret = identity.derive(b"martlet stateless reset", 32)
+        self._door = Door(self._own_key, rng.randbytes(16))
+        self._events: deque[NodeEvent] = deque()
+        self._routing = AllowedIPs.from_peers(config.peers)
+        self._ledger = Ledger()
+        self._surroundings = Surroundings(LocalNetwork(), 0)
+        self._by_cid: dict[bytes, Session] = {}
+        self._owners: dict[Session, Peer | None] = {}
+        self._raw: list[tuple[PathKey, bytes]] = []
+        self._resets = (0.0, 0)
+        self._closing_at: float | None = None
+        self.counters = {
+            "strangers": 0,
+            "retries": 0,
+            "resets_sent": 0,
+            "unroutable_packets": 0,
+            "send_errors": 0,
+        }
+        hello = Hello(
+            version=PROTOCOL_VERSION,
+            features=FEATURES,
+            addresses=tuple(str(a.ip) for a in config.interface.address),
+            boot_id=boot_id,
+        )
+        self.peers: dict[str, Peer] = {}
+        for peer_config in config.peers:
+            self.peers[peer_config.name] = Peer(
+                peer_config,
+                engine=Engine(partial(self._routing.permits, peer_config.name)),
+                ledger=self._ledger,
+                own_key=self._own_key,
+                dialable=config.interface.listen_port is not None,
+                hello=hello,
+                rng=rng,
+                wall_offset=wall_offset,
+                dial=self._dial,
+                emit=self._events.append,
+            )
+        self._by_key = {peer.config.public_key.raw: peer for peer in self.peers.values()}
+        self._started = False
+
+    # inputs
+
+    def receive_datagram(self, data: bytes, path: PathKey, now: float) -> None:
+        header = read_header(data)
+        if header is None:
+            return
+        session = self._by_cid.get(header.destination_cid)
+        if session is None:
+            session = self._unknown(header, data, path, now)
+            if session is None:
+                return
+        session.connection.receive_datagram(data, path, now)
+        self._after(session, now)
+
+    def receive_packets(self, packets: list[bytes], now: float) -> None:
+        for packet in packets:
+            name = self._routing.lookup(packet)
+            if name is None:
+                self.counters["unroutable_packets"] += 1
+            else:
+                self.peers[name].engine.push(packet, now)
+
+    def network_changed(self, network: LocalNetwork, port: int, now: float) -> None:
+        self._surroundings = Surroundings(network, port)
+        for peer in self.peers.values():
+            peer.network_changed(self._surroundings, now)
+            if not self._started:
+                peer.start(now)
+        self._started = True
+
+    def endpoints_resolved(self, peer: str, addresses: list[Address], now: float) -> None:
+        self.peers[peer].endpoints_resolved(addresses, now)
+
+    def send_failed(self, path: PathKey, error: int, now: float) -> None:
+        self.counters["send_errors"] += 1
+        for peer in self.peers.values():
+            if peer.session is not None and error == errno.EMSGSIZE:
+                peer.session.connection.shrink(path)
+            else:
+                peer.send_failed(path, now)
+
+    def resumed(self, now: float) -> None:
+        for peer in self.peers.values():
+            peer.resumed(now)
+
+    def ping(self, peer: str, token: int, now: float) -> bool:
+        """Ask a peer for an answer (`PingReply`); False when there is no session with it."""
+        return self.peers[peer].ping(token, now)
+
+    def handle_timer(self, now: float) -> None:
+        for session in list(self._owners):
+            timer = session.connection.get_timer()
+            if timer is not None and now >= timer:
+                session.connection.handle_timer(now)
+            self._after(session, now)
+            if self._owners.get(session, self) is None and now >= self._stranger_expires(session):
+                session.close(ApplicationError.NO_ERROR, "no Hello in time")
+        for peer in self.peers.values():
+            peer.handle_timer(now)
+
+    def close(self, now: float) -> None:
+        """Say goodbye to everybody; `closed` tells when the last datagrams were handed out."""
+        if self._closing_at is None:
+            self._closing_at = now + CLOSE_LINGER
+            for peer in self.peers.values():
+                peer.goodbye("shutting down")
+
+    # drains
+
+    def datagrams_to_send(self, now: float) -> list[tuple[PathKey, bytes]]:
+        out, self._raw = self._raw, []
+        for session in list(self._owners):
+            out += [(key, data) for data, key in session.connection.datagrams_to_send(now)]
+            if self._closing_at is not None and not session.connection.is_closed:
+                session.close(ApplicationError.GOODBYE, "shutting down")
+                out += [(key, data) for data, key in session.connection.datagrams_to_send(now)]
+            # Connection IDs are announced while packets are written.
+            self._after(session, now)
+        return out
+
+    def packets_to_write(self) -> list[bytes]:
+        packets: list[bytes] = []
+        for peer in self.peers.values():
+            packets += peer.engine.take_received()
+        return packets
+
+    def get_timer(self) -> float | None:
+        times: list[float] = []
+        for session, owner in self._owners.items():
+            timer = session.connection.get_timer()
+            if timer is not None:
+                times.append(timer)
+            if owner is None:
+                times.append(self._stranger_expires(session))
+        times += [at for peer in self.peers.values() if (at := peer.get_timer()) is not None]
+        return min(times) if times else None
+
+    def next_event(self) -> NodeEvent | None:
+        return self._events.popleft() if self._events else None
+
+    @property
+    def wants_packets(self) -> bool:
+        return all(peer.engine.wants_packets for peer in self.peers.values())
+
+    @property
+    def closed(self) -> bool:
+        return self._closing_at is not None and all(s.connection.is_closed for s in self._owners)
+
+    def status(self, now: float) -> dict[str, Any]:
+        return {
+            "interface": self._config.interface.name,
+            "public_key": self._identity.public_key.openssh,
+            "listen_port": self._surroundings.port,
+            "peers": [peer.status() for peer in self.peers.values()],
+            "counters": dict(self.counters),
+        }
+
+    def history(self) -> list[dict[str, Any]]:
+        return self._ledger.to_builtins()
+
+    # sessions
+
+    def _connection(self, *, is_client: bool, path: PathKey, **more: Any) -> PeerConnection:
+        return PeerConnection(
+            configuration=connection_configuration(
+                self._identity,
+                is_client=is_client,
+                keylog=self._keylog,
+                quic_logger=self._quic_logger,
+            ),
+            path=path,
+            reset_token=self._reset_token,
+            max_packets_per_key=self._max_packets_per_key,
+            **more,
+        )
+
+    def _reset_token(self, cid: bytes) -> bytes:
+        return hmac.digest(self._reset_secret, cid, "sha256")[:16]
+
+    def _dial(self, peer: Peer, path: PathKey, now: float) -> Session:
+        expected = peer.config.public_key.raw
+        connection = self._connection(
+            is_client=True,
+            path=path,
+            accepts=lambda key: key == expected,
+            initial_token=token_maker(expected),
+        )
+        session = Session(connection, dialled=True, now=now)
+        self._track(session, peer)
+        return session
+
+    def _unknown(self, header: Header, data: bytes, path: PathKey, now: float) -> Session | None:
+        if not header.is_long:
+            self._reset_or_be_reset(header, data, path, now)
+            return None
+        if self._closing_at is not None:
+            return None
+        half_open = sum(1 for owner in self._owners.values() if owner is None)
+        verdict = self._door.judge(
+            header, len(data), path.remote, now=now, half_open=half_open, fresh=self._rng.randbytes
+        )
+        if verdict is None:
+            self.counters["strangers"] += 1
+            return None
+        if not isinstance(verdict, Admitted):
+            self.counters["retries"] += 1
+            self._raw.append((path, verdict))
+            return None
+        connection = self._connection(
+            is_client=False,
+            path=path,
+            accepts=self._by_key.__contains__,
+            original_destination_connection_id=verdict.original_destination_cid,
+            retry_source_connection_id=verdict.retry_source_cid,
+        )
+        session = Session(connection, dialled=False, now=now)
+        self._track(session, None)
+        self._by_cid[header.destination_cid] = session
+        return session
+
+    def _track(self, session: Session, owner: Peer | None) -> None:
+        self._owners[session] = owner
+        for cid in session.connection.host_cids():
+            self._by_cid[cid] = session
+
+    def _forget(self, session: Session) -> None:
+        self._owners.pop(session, None)
+        self._by_cid = {cid: s for cid, s in self._by_cid.items() if s is not session}
+
+    def _stranger_expires(self, session: Session) -> float:
+        return session.started_at + STRANGER_PATIENCE
+
+    def _after(self, session: Session, now: float) -> None:
+        """Everything that an input to a session may have caused."""
+        for event in session.events():
+            owner = self._owners.get(session)
+            if isinstance(event, CidIssued):
+                self._by_cid[event.cid] = session
+            elif isinstance(event, CidRetired):
+                self._by_cid.pop(event.cid, None)
+            elif owner is not None:
+                owner.on_event(session, event, now)
+            elif isinstance(event, Said) and isinstance(event.message, Hello):
+                owner = self._by_key.get(session.connection.peer_key or b"")
+                if owner is not None:
+                    self._owners[session] = owner
+                    owner.on_event(session, event, now)
+            elif isinstance(event, Ended):
+                self._events.append(PeerRefused(None, event.reason or "closed"))
+        owner = self._owners.get(session)
+        if owner is not None:
+            owner.poll(now)
+        if session.ended:
+            self._forget(session)
+
+    def _reset_or_be_reset(self, header: Header, data: bytes, path: PathKey, now: float) -> None:
+        """A short packet for no connection of ours (RFC 9000 section 10.3)."""
+        token = data[-16:]
+        for session, owner in list(self._owners.items()):
+            if token in session.connection.peer_reset_tokens():
+                self._forget(session)
+                if owner is not None:
+                    owner.reset(session, now)
+                return
+        since, count = self._resets
+        if now - since >= 1.0:
+            since, count = now, 0
+        if len(data) >= MIN_RESET_TRIGGER and count < RESETS_PER_SECOND:
+            self._resets = (since, count + 1)
+            self.counters["resets_sent"] += 1
+            reset = stateless_reset(self._reset_token(header.destination_cid), self._rng.randbytes)
+            assert len(reset) == RESET_LENGTH
+            self._raw.append((path, reset))

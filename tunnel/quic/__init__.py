@@ -1,0 +1,3 @@
+"""The migrating QUIC connection; the only room that imports aioquic."""
+
+from tunnel.quic import internals as internals

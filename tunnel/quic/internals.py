@@ -1,0 +1,109 @@
+"""Every private name of aioquic that this project touches, checked when the package is imported.
+
+aioquic is pinned exactly. An upgrade must pass through here: a name that is gone, or a version
+that nobody has looked at, fails at once and in one place, not in the middle of a migration.
+"""
+
+import aioquic
+from aioquic import tls
+from aioquic.quic.configuration import QuicConfiguration
+from aioquic.quic.connection import QuicConnection
+from aioquic.quic.crypto import CryptoContext, CryptoPair
+from aioquic.quic.recovery import QuicPacketNumberWindow, QuicPacketSpace
+
+PINNED_VERSION = "1.7.2"
+
+CONNECTION_METHODS = (
+    "_add_network_path",
+    "_flush_builder",
+    "_handle_datagram_frame",
+    "_handle_new_connection_id_frame",
+    "_handle_path_challenge_frame",
+    "_handle_path_response_frame",
+    "_initialize",
+    "_on_path_challenge_delivery",
+    "_payload_received",
+    "_replenish_connection_ids",
+    "_retire_peer_cid",
+    "_send_probe",
+    "_serialize_transport_parameters",
+    "_write_application",
+    "_write_datagram_frame",
+    "_write_path_challenge_frame",
+    "_write_path_response_frame",
+    "_write_ping_frame",
+)
+CONNECTION_ATTRIBUTES = (
+    "_ack_delay",
+    "_close_at",
+    "_close_event",
+    "_close_pending",
+    "_cryptos",
+    "_datagrams_pending",
+    "_handshake_complete",
+    "_handshake_confirmed",
+    "_host_cids",
+    "_is_client",
+    "_local_max_streams_bidi",
+    "_local_max_streams_uni",
+    "_logger",
+    "_loss",
+    "_max_datagram_size",
+    "_network_paths",
+    "_pacing_at",
+    "_packet_number",
+    "_peer_cid",
+    "_peer_cid_available",
+    "_peer_retire_prior_to",
+    "_peer_token",
+    "_ping_pending",
+    "_probe_pending",
+    "_quic_logger",
+    "_remote_active_connection_id_limit",
+    "_spaces",
+    "_spin_bit",
+    "_state",
+    "_version",
+)
+CONTEXT_METHODS = ("_check_certificate_verify_signature", "_server_handle_certificate")
+CONTEXT_ATTRIBUTES = ("_peer_certificate", "_request_client_certificate")
+CRYPTO_CONTEXT_ATTRIBUTES = ("aead", "cipher_suite", "hp", "key_phase", "secret", "version")
+CRYPTO_PAIR_METHODS = ("decrypt_packet", "encrypt_packet", "key_phase", "teardown", "update_key")
+SPACE_ATTRIBUTES = (
+    "ack_at",
+    "ack_queue",
+    "discarded",
+    "largest_received_packet",
+    "received_packets",
+    "sent_packets",
+)
+WINDOW_ATTRIBUTES = ("_lower", "_received", "_size")
+
+
+def _check() -> None:
+    if aioquic.__version__ != PINNED_VERSION:
+        raise ImportError(
+            f"martlet is written against aioquic {PINNED_VERSION}, found {aioquic.__version__}: "
+            "run './dev setup', or pip install 'aioquic==" + PINNED_VERSION + "'"
+        )
+    expected: list[tuple[object, tuple[str, ...]]] = [
+        (QuicConnection, CONNECTION_METHODS),
+        (QuicConnection(configuration=QuicConfiguration()), CONNECTION_ATTRIBUTES),
+        (tls.Context, CONTEXT_METHODS),
+        (tls.Context(is_client=False), CONTEXT_ATTRIBUTES),
+        (CryptoContext(), CRYPTO_CONTEXT_ATTRIBUTES),
+        (CryptoPair, CRYPTO_PAIR_METHODS),
+        (QuicPacketSpace(), SPACE_ATTRIBUTES),
+        (QuicPacketNumberWindow(), WINDOW_ATTRIBUTES),
+    ]
+    missing = [
+        f"{type(owner).__name__}.{name}"
+        for owner, names in expected
+        for name in names
+        if not hasattr(owner, name)
+    ]
+    if missing:
+        raise ImportError(f"aioquic {aioquic.__version__} lacks {', '.join(missing)}")
+
+
+_check()
