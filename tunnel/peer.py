@@ -116,6 +116,7 @@ class Peer:
         self._wish: PathKey | None = None
         self._unconfirmed: int | None = None
         self._switched_at = 0.0
+        self._revived_at = 0.0
         self._keepalive_at: float | None = None
         self._pings: dict[int, float] = {}
         self.engine.pause()
@@ -463,8 +464,15 @@ class Peer:
         if self.session is not None:
             self._want_dial(now)
 
+    def _hold_at(self, session: Session) -> float | None:
+        waiting = session.connection.active.metrics.waiting_since
+        if waiting is None or self.engine.paused:
+            return None
+        return max(waiting, self._revived_at) + HOLD_AFTER
+
     def _revive(self, now: float) -> None:
         """There may be a path again: let packets go, the newest first."""
+        self._revived_at = now
         self.engine.resume(now)
 
     def _set_up(self, now: float) -> None:
@@ -510,9 +518,7 @@ class Peer:
             times += [self._suspect_at(session), self._reprobe_at, self._keepalive_at]
             if self._suspect_since is not None and self._answered:
                 times.append(self._suspect_since + self._deadline(session))
-            waiting = session.connection.active.metrics.waiting_since
-            if waiting is not None and self.state == "up":
-                times.append(waiting + HOLD_AFTER)
+            times.append(self._hold_at(session))
         known = [at for at in times if at is not None]
         return min(known) if known else None
 
@@ -528,8 +534,8 @@ class Peer:
             self._suspect(session, now)
         if self._reprobe_at is not None and now >= self._reprobe_at:
             self._ask_elsewhere(session, now)
-        waiting = session.connection.active.metrics.waiting_since
-        if waiting is not None and self.state == "up" and now >= waiting + HOLD_AFTER:
+        hold_at = self._hold_at(session)
+        if hold_at is not None and now >= hold_at:
             self._hold(now)
         if self._keepalive_at is not None and now >= self._keepalive_at:
             last = session.connection.active.metrics.last_eliciting_at

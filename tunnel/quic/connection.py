@@ -204,7 +204,7 @@ class PeerConnection(QuicConnection):
         path = self._path(key)
         if path is self.active:
             return
-        self._apparent = None
+        self._forget_apparent(now)
         if path.state is PathState.GONE:
             path.advance(PathState.CANDIDATE)
         self._switch(path, now, challenge=True)
@@ -444,7 +444,7 @@ class PeerConnection(QuicConnection):
         )
         self._events.append(PeerMoved(old.addr, path.addr, rebinding, now))
         if path.address_validated:
-            self._apparent = None
+            self._forget_apparent(now)
             self._switch(path, now, challenge=path.state is not PathState.VALIDATED)
         else:
             same_host = path.addr.remote.host == old.addr.remote.host
@@ -460,6 +460,11 @@ class PeerConnection(QuicConnection):
         path.awaiting_peer_cid = rebinding
         # Tell the peer at once that its move was seen: it waits for this acknowledgement.
         self._spaces[tls.Epoch.ONE_RTT].ack_at = now
+
+    def _forget_apparent(self, now: float) -> None:
+        apparent, self._apparent = self._apparent, None
+        if apparent is not None and not apparent.settled:
+            self._leave_path(apparent.old, now)
 
     def _duplicate(self, path: NetworkPath, number: int, now: float) -> None:
         apparent = self._apparent
