@@ -164,7 +164,11 @@ class Node:
             if timer is not None and now >= timer:
                 session.connection.handle_timer(now)
             self._after(session, now)
-            if self._owners.get(session, self) is None and now >= self._stranger_expires(session):
+            if (
+                self._owners.get(session, self) is None
+                and not session.connection.is_closed
+                and now >= self._stranger_expires(session)
+            ):
                 session.close(ApplicationError.NO_ERROR, "no Hello in time")
         for peer in self.peers.values():
             peer.handle_timer(now)
@@ -201,7 +205,7 @@ class Node:
             timer = session.connection.get_timer()
             if timer is not None:
                 times.append(timer)
-            if owner is None:
+            if owner is None and not session.connection.is_closed:
                 times.append(self._stranger_expires(session))
         times += [at for peer in self.peers.values() if (at := peer.get_timer()) is not None]
         return min(times) if times else None

@@ -57,7 +57,9 @@ HANDSHAKE_PATIENCE = 3.0
 """Seconds from the first answer to the peer's Hello, before a dial is given up."""
 REPROBE_INTERVAL = 0.3
 REPROBE_LIMIT = 2.0
-PROBED_PATHS = 6
+PROBED_PATHS = 4
+REMEMBERED_REMOTES = 3
+"""Addresses of the peer that worked before and are asked at again: a NAT's old mappings die."""
 
 HELLO_VERSION = 1
 
@@ -336,8 +338,10 @@ class Peer:
     # the active path
 
     def _remotes(self, session: Session) -> list[Address]:
-        proven = [path.addr.remote for path in session.connection.paths() if path.address_validated]
-        return unique([session.active.remote, *self.resolved, *proven])
+        proven = [path for path in session.connection.paths() if path.address_validated]
+        proven.sort(key=lambda path: path.used_at, reverse=True)
+        recent = [path.addr.remote for path in proven[:REMEMBERED_REMOTES]]
+        return unique([session.active.remote, *self.resolved, *recent])
 
     def _reconsider(self, session: Session, before: Surroundings, now: float) -> None:
         """The network changed under a session."""

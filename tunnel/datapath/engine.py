@@ -150,7 +150,8 @@ class Engine:
             return False
         self._delivered.add(root)
         if len(self._delivered) >= DELIVERED_WINDOW:
-            self._floor = min(self._delivered)
+            # What is dropped now is forgotten: nothing that old is delivered any more.
+            self._floor = max(self._floor, 1 + max(self._delivered_before, default=-1))
             self._delivered_before, self._delivered = self._delivered, set()
         return True
 

@@ -62,11 +62,20 @@ path would be taken for a duplicate after a switch."""
 MAX_ACK_DELAY_MS = 5  # announced, and held: aioquic acknowledges after 1 ms
 MAX_PATHS = 32
 MAX_VALIDATION_TRIES = 5
+VALIDATION_PTOS = 3  # RFC 9000 section 8.2.4
+RESERVED_CIDS = 2
+PROBED_CID_LIFE = 5.0
+"""Seconds until the connection ID of a path that was only probed is given back."""
+CROSSING = 0.05
+"""Seconds, beyond two round trips, in which a move of the peer to a path we know is taken for one
+that crossed ours: following it would make both ends swap paths for ever."""
 RETIRE_PTOS = 3
 """A connection ID lives this many PTO after its path was left, for packets still in flight."""
 APPARENT_MEMORY = 30.0
 """Seconds after a settled apparent move in which signs of life of the old address undo it."""
-CONTEST_BACKOFF = 1.0  # seconds, doubled each time
+CONTEST_BACKOFF = 0.25
+"""Seconds in which an address whose move was taken back is not followed, doubled each time. Short
+at first: a host that hurries from one network to another and back looks the same."""
 CONTEST_BACKOFF_LIMIT = 60.0
 MAX_COPIES_PER_FLUSH = 64
 MTU_PROBE_TRIES = 2
@@ -83,6 +92,7 @@ class _ApparentMove:
     old: NetworkPath
     new: NetworkPath
     first_number: int
+    deadline: float  # of validation (RFC 9000 section 8.2.4)
     validated_at: float | None = None
     settled: bool = False
 
@@ -137,13 +147,15 @@ class PeerConnection(QuicConnection):
         self._keys = OneRttKeys(on_opened=self._on_opened)
         if max_packets_per_key is not None:
             self._keys.max_packets = max_packets_per_key
-        self._key_updates_seen = 0
         self._forget_keys_at: float | None = None
 
         self._paths: dict[PathKey, NetworkPath] = {}
         self.active = self._paths[path] = NetworkPath(path, self._new_metrics())
         self._apparent: _ApparentMove | None = None
         self._largest_moving = -1
+        self._peer_path = self.active
+        """Where the peer's newest packet that means to move came from."""
+        self._settled_in_at = 0.0
         self._sent_copies: list[tuple[int, bytes]] = []
         self._datagram_in_packet = -1
         self.counters = {
@@ -207,6 +219,8 @@ class PeerConnection(QuicConnection):
         self._forget_apparent(now)
         if path.state is PathState.GONE:
             path.advance(PathState.CANDIDATE)
+        rtt = self.active.metrics.rtt_smoothed or self._configuration.initial_rtt
+        self._settled_in_at = now + 2 * rtt + CROSSING
         self._switch(path, now, challenge=True)
 
     def probe(self, key: PathKey, now: float) -> None:
@@ -328,9 +342,14 @@ class PeerConnection(QuicConnection):
         return out
 
     def get_timer(self) -> float | None:
+        if not self._established or self._state in END_STATES or not self._network_paths:
+            return super().get_timer()
+        # What the 3x limit forbids to send must not be waited for: aioquic looks at its own path.
+        stand_in, path = self._network_paths[0], self.active
+        stand_in.is_validated = path.sendable() is None
+        stand_in.bytes_received, stand_in.bytes_sent = path.bytes_received, path.bytes_sent
         timer = super().get_timer()
-        if not self._established or self._state in END_STATES:
-            return timer
+        stand_in.is_validated = True
         times = [t for t in (timer, self._forget_keys_at, self._settle_at()) if t is not None]
         for path in self._paths.values():
             if path.retire_at is not None:
@@ -346,16 +365,11 @@ class PeerConnection(QuicConnection):
         if not self._established or self._state in END_STATES:
             return
         if self._recovery.pto_count > pto_count and not self.active.is_validated:
-            # Every probe of an unproven path asks again.
-            self.active.challenge_due = True
-            self.active.local_challenge_sent = False
+            self._challenge(self.active)  # every probe of an unproven path asks again
         if self._forget_keys_at is not None and now >= self._forget_keys_at:
             self._keys.forget_previous()
             self._forget_keys_at = None
-        settle_at = self._settle_at()
-        if settle_at is not None and now >= settle_at and self._apparent is not None:
-            self._apparent.settled = True
-            self._leave_path(self._apparent.old, now)
+        self._judge_apparent(now)
         for path in list(self._paths.values()):
             if (
                 path.challenge_due
@@ -419,9 +433,12 @@ class PeerConnection(QuicConnection):
             return
         self._largest_moving = number
         host_cid = self._rx.host_cid
-        if path is not self.active:
+        before, self._peer_path = self._peer_path, path
+        # Only a change is a move: after a move of ours the peer's packets still come in on the
+        # path we left, and both ends may well send on different paths for good.
+        if path is not before and path is not self.active:
             self._follow(path, number, now)
-        elif path.host_cid is not None and host_cid != path.host_cid:
+        elif path.peer_cid is not None and path.host_cid is not None and host_cid != path.host_cid:
             # The peer changed its connection ID on a path we share: answer in kind, unless this
             # is the peer's answer to a change of ours.
             if path.awaiting_peer_cid:
@@ -432,18 +449,22 @@ class PeerConnection(QuicConnection):
 
     def _follow(self, path: NetworkPath, number: int, now: float) -> None:
         apparent = self._apparent
-        if apparent is not None and path is apparent.old:
+        if apparent is not None and path is apparent.old and not apparent.settled:
             self._contest(apparent, now)
             return
         if now < path.contested_until:
+            self._peer_path = self.active  # looked at again with the next packet from there
             return
+        trusted = path.address_validated and not path.contests
+        if trusted and now < self._settled_in_at:
+            return  # two moves crossed: each end stays where it went, and suspicion judges
         old = self.active
         # A connection ID that already served another path: the peer does not know it moved.
         rebinding = any(
             p.host_cid == self._rx.host_cid for p in self._paths.values() if p is not path
         )
         self._events.append(PeerMoved(old.addr, path.addr, rebinding, now))
-        if path.address_validated:
+        if trusted:
             self._forget_apparent(now)
             self._switch(path, now, challenge=path.state is not PathState.VALIDATED)
         else:
@@ -451,12 +472,16 @@ class PeerConnection(QuicConnection):
             if same_host and path.addr.local == old.addr.local:
                 path.metrics.inherit(old.metrics)  # RFC 9000 section 9.4
                 path.mtu, path.mtu_probes = old.mtu, old.mtu_probes
-            trusted = apparent.old if apparent is not None and not apparent.settled else old
+            proven = apparent.old if apparent is not None and not apparent.settled else old
             self._switch(path, now, challenge=True)
-            trusted.retire_at = None
-            self._apparent = _ApparentMove(trusted, path, number)
-            if trusted.state is not PathState.GONE:
-                self._challenge(trusted)
+            proven.retire_at = None
+            patience = max(
+                proven.metrics.probe_timeout(self.max_ack_delay),
+                2 * self._configuration.initial_rtt,
+            )
+            self._apparent = _ApparentMove(proven, path, number, now + VALIDATION_PTOS * patience)
+            if proven.state is not PathState.GONE:
+                self._challenge(proven)
         path.awaiting_peer_cid = rebinding
         # Tell the peer at once that its move was seen: it waits for this acknowledgement.
         self._spaces[tls.Epoch.ONE_RTT].ack_at = now
@@ -479,11 +504,16 @@ class PeerConnection(QuicConnection):
     def _contest(self, apparent: _ApparentMove, now: float) -> None:
         """The old address still speaks: whoever is at the new one only forwards."""
         refused = apparent.new
-        refused.contests += 1
-        refused.contested_until = now + min(
-            CONTEST_BACKOFF * 2**refused.contests, CONTEST_BACKOFF_LIMIT
-        )
+        contests = refused.contests + 1
+        for path in self._paths.values():
+            if path.addr.remote == refused.addr.remote:
+                # Whatever it proves from now on, this address is never followed unchecked.
+                path.contests = contests
+                path.contested_until = now + min(
+                    CONTEST_BACKOFF * (1 << min(contests - 1, 8)), CONTEST_BACKOFF_LIMIT
+                )
         refused.challenge_due = False
+        self._peer_path = apparent.old
         self.counters["moves_contested"] += 1
         self._apparent = None
         self._switch(apparent.old, now, challenge=apparent.old.state is not PathState.VALIDATED)
@@ -556,7 +586,8 @@ class PeerConnection(QuicConnection):
         super()._handle_new_connection_id_frame(context, frame_type, buf)
         if not self._established:
             return
-        self.active.peer_cid = self._peer_cid
+        if self.active.peer_cid is not None:
+            self.active.peer_cid = self._peer_cid
         for path in self._paths.values():
             cid = path.peer_cid
             if (
@@ -576,9 +607,13 @@ class PeerConnection(QuicConnection):
                 cid.stateless_reset_token = self._reset_token(cid.cid)
 
     def _take_cid(self, path: NetworkPath) -> bool:
-        """Give the path a connection ID of its own, if it has none and one is left."""
-        if path.peer_cid is None and not self._peer_cid_available:
-            self.counters["cid_shortages"] += 1
+        """Give the path a connection ID of its own, if it has none and one is left.
+
+        Questions about other paths leave some for moves.
+        """
+        reserve = 0 if path is self.active or path.remote_challenges else RESERVED_CIDS
+        if path.peer_cid is None and len(self._peer_cid_available) <= reserve:
+            self.counters["cid_shortages"] += path is self.active
             return False
         cid = path.peer_cid or self._peer_cid_available.pop(0)
         path.peer_cid = cid
@@ -607,7 +642,9 @@ class PeerConnection(QuicConnection):
         path.retire_at = None
         if path is self.active:
             return
-        if path.peer_cid is not None and path.peer_cid is not self._peer_cid:
+        if path.peer_cid is self._peer_cid:
+            self.active.peer_cid = path.peer_cid  # borrowed when there was no other left
+        elif path.peer_cid is not None:
             self._retire_peer_cid(path.peer_cid)
         path.peer_cid = None
         self._recovery.requeue_frames(path.metrics)
@@ -693,21 +730,33 @@ class PeerConnection(QuicConnection):
                 self._probe_pending = True
             return
         path.challenge_due = False
-        if path.state is PathState.VALIDATED:
-            return  # only the padded repetition failed
+        if path.state is not PathState.PROBING:
+            return  # only the padded repetition failed, or the path is gone
         path.advance(PathState.FAILED)
-        path.retire_at = now
+        if path is not self.active:
+            path.retire_at = now
         self._events.append(PathFailed(path.addr))
-        if self._apparent is not None and self._apparent.new is path:
-            apparent, self._apparent = self._apparent, None
-            self._switch(apparent.old, now, challenge=True)
 
     def _settle_at(self) -> float | None:
+        """When the apparent move is to be judged; None when there is nothing to judge."""
         apparent = self._apparent
-        if apparent is None or apparent.settled or apparent.validated_at is None:
+        if apparent is None or apparent.settled:
             return None
+        if apparent.validated_at is None:
+            return apparent.deadline
         rtt = apparent.old.metrics.rtt_smoothed or apparent.new.metrics.rtt_smoothed
         return apparent.validated_at + max(rtt, 0.01)
+
+    def _judge_apparent(self, now: float) -> None:
+        apparent, due = self._apparent, self._settle_at()
+        if apparent is None or due is None or now < due:
+            return
+        if apparent.validated_at is not None:
+            apparent.settled = True
+            self._leave_path(apparent.old, now)
+        else:  # nobody answered there: back to the last proven address (RFC 9000 section 9.3.2)
+            self._apparent = None
+            self._switch(apparent.old, now, challenge=True)
 
     def _on_path_challenge_delivery(self, delivery: QuicDeliveryState, network_path: Any) -> None:
         if delivery is not QuicDeliveryState.ACKED and network_path.challenge_due:
@@ -807,7 +856,7 @@ class PeerConnection(QuicConnection):
             path.challenge_padded = bool(out) and len(out[0][0]) >= START_MTU
         if path.retire_at is None:
             # An ID taken for a probe goes back when nothing comes of it.
-            path.retire_at = now + CONTEST_BACKOFF_LIMIT
+            path.retire_at = now + PROBED_CID_LIFE
         return out
 
     def _copy_datagrams(self, path: NetworkPath, now: float) -> list[tuple[bytes, NetworkAddress]]:
@@ -905,7 +954,7 @@ class PeerConnection(QuicConnection):
     # keys
 
     def _watch_key_updates(self, now: float) -> None:
-        if self._keys.updates != self._key_updates_seen:
-            self._key_updates_seen = self._keys.updates
-            self.counters["key_updates"] = self._keys.updates
+        """Old read keys go 3 PTO after the peer was heard with the new ones, not before."""
+        self.counters["key_updates"] = self._keys.updates
+        if self._forget_keys_at is None and self._keys.update_is_mutual:
             self._forget_keys_at = now + RETIRE_PTOS * self._recovery.get_probe_timeout()

@@ -60,8 +60,9 @@ class OneRttKeys(CryptoPair):
         self._previous = None
 
     @property
-    def holds_previous(self) -> bool:
-        return self._previous is not None
+    def update_is_mutual(self) -> bool:
+        """Old keys are still held, and the peer was heard with the new ones."""
+        return self._previous is not None and self._first_received != _NEVER
 
     @property
     def can_update(self) -> bool:
