@@ -1,0 +1,261 @@
+"""The command `martlet`: typer commands only; what they do is elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cli import failures, output
+
+DEFAULT_KEY = Path("/etc/martlet/id_ed25519")
+
+app = typer.Typer(
+    name="martlet",
+    help="A tunnel that moves with you: SSH and all else survive every change of network.",
+    epilog="Start here: martlet keygen, then write a config, then martlet up CONFIG.toml."
+    " No network at hand? martlet demo.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, one value on one line.")]
+Name = Annotated[
+    str | None, typer.Argument(metavar="[NAME]", help="The tunnel; not needed if only one is up.")
+]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The entry point. Always raises SystemExit; no exception of ours gets past it."""
+    try:
+        app(args=list(sys.argv[1:] if arguments is None else arguments), prog_name="martlet")
+    except (Exception, KeyboardInterrupt) as error:
+        if failures.wants_traceback():
+            traceback.print_exc()
+        message, code = failures.explain(error)
+        if message:
+            output.say(message)
+        raise SystemExit(code) from None
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        output.data(f"martlet {version('martlet')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
+    """Options of martlet itself."""
+
+
+@app.command(epilog="Example: martlet keygen  ·  martlet keygen ./key")
+def keygen(
+    path: Annotated[
+        Path, typer.Argument(metavar="[PATH]", help="Where to write the private key.")
+    ] = DEFAULT_KEY,
+) -> None:
+    """Write a new Ed25519 key (OpenSSH format, mode 0600) and print its public line.
+
+    Never overwrites a key. The public line is what the other host's config wants as public_key.
+    """
+    from tunnel.identity import Identity
+
+    if path == DEFAULT_KEY:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    identity = Identity.generate()
+    identity.save(path)
+    output.say(f"private key written to {path}")
+    output.data(identity.public_key.openssh)
+
+
+@app.command(epilog="Example: martlet pubkey /etc/martlet/id_ed25519")
+def pubkey(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A private key file.")],
+) -> None:
+    """Print the public line of a private key."""
+    from tunnel.identity import Identity
+
+    output.data(Identity.load(path).public_key.openssh)
+
+
+@app.command(epilog="Example: martlet up ./mt0.toml  ·  martlet up mt0 --detach")
+def up(
+    config: Annotated[
+        str,
+        typer.Argument(
+            metavar="CONFIG.toml|NAME", help="A config file, or NAME of /etc/martlet/NAME.toml."
+        ),
+    ],
+    detach: Annotated[
+        bool, typer.Option("--detach", "-d", help="Go into the background once the tunnel is up.")
+    ] = False,
+    log_level: Annotated[
+        str, typer.Option(metavar="LEVEL", help="debug, info, warning or error.")
+    ] = "info",
+) -> None:
+    """Bring a tunnel up and run it until SIGINT, SIGTERM or 'martlet down'.
+
+    Logs go to standard error; with --detach to a file beside the control socket. QLOGDIR and
+    SSLKEYLOGFILE in the environment make qlog traces and a TLS key log.
+    """
+    from tunnel.config import CONFIG_DIRECTORY, load
+    from tunnel.shell import log
+
+    if log_level not in log.LEVELS:
+        raise typer.BadParameter(f"one of {', '.join(log.LEVELS)}", param_hint="--log-level")
+    is_path = "/" in config or config.endswith(".toml")
+    loaded = load(Path(config) if is_path else CONFIG_DIRECTORY / f"{config}.toml")
+
+    from tunnel.shell.loop import run
+
+    if not detach:
+        log.setup(log_level)
+        run(loaded)
+        return
+
+    from tunnel.shell.daemon import detach as run_detached
+    from tunnel.shell.status import control_directory
+
+    name = loaded.interface.name
+    file = control_directory() / f"{name}.log"
+
+    def background(ready: Callable[[], None]) -> None:
+        file.parent.mkdir(parents=True, exist_ok=True, mode=0o755)
+        log.setup(log_level, file=file)
+        run(loaded, ready=ready)
+
+    problem = run_detached(background, failures.explain)
+    if problem is not None:
+        message, code = problem
+        output.say(message or "interrupted")
+        raise typer.Exit(code)
+    output.say(f"tunnel {name} is up in the background, its log is {file}")
+
+
+@app.command(epilog="Example: martlet down mt0")
+def down(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The tunnel.")],
+) -> None:
+    """Say goodbye to the peers, undo routes and addresses, and end the tunnel."""
+    from cli.client import connect
+
+    with connect(name) as client:
+        client.down()
+    output.say(f"tunnel {name} is down")
+
+
+@app.command(
+    epilog="Example: martlet status  ·  martlet status mt0 --watch  ·  martlet status --json"
+)
+def status(
+    name: Name = None,
+    json: Json = False,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Again every second.")] = False,
+) -> None:
+    """Show peers, their state, and the paths between us: which is active, and how good each is."""
+    if not watch:
+        _print_status(_statuses(name), json)
+        return
+    try:
+        _watch_status(name, json)
+    except KeyboardInterrupt:
+        return
+
+
+@app.command(epilog="Example: martlet history mt0 --json")
+def history(name: Name = None, json: Json = False) -> None:
+    """List every migration: what set it off, from where to where, and how long each step took."""
+    from cli.client import connect
+
+    with connect(name) as client:
+        records = client.history()
+    if json:
+        output.as_json(records)
+    else:
+        output.stdout().print(output.history(records))
+
+
+@app.command(epilog="Example: martlet ping office  ·  martlet ping mt0/office -c 10 -i 0.2")
+def ping(
+    peer: Annotated[str, typer.Argument(metavar="PEER", help="A peer, or TUNNEL/PEER.")],
+    count: Annotated[
+        int, typer.Option("-c", "--count", min=0, help="How many; 0: until interrupted.")
+    ] = 0,
+    interval: Annotated[
+        float, typer.Option("-i", "--interval", min=0.002, max=3600, help="Seconds between two.")
+    ] = 1.0,
+) -> None:
+    """Measure the round trip to a peer's martlet, through the tunnel's own connection.
+
+    Exits with 5 when not one answer came.
+    """
+    from cli.ping import run
+
+    raise typer.Exit(run(peer, count, interval))
+
+
+@app.command(epilog="Example: sudo martlet demo")
+def demo(json: Json = False) -> None:
+    """Watch a real SSH session roam: two hosts behind NATs, in namespaces of this machine."""
+    from cli.demo import run
+
+    raise typer.Exit(run(json=json))
+
+
+def _statuses(name: str | None) -> list[dict[str, Any]]:
+    from cli.client import connect, none_up, running
+
+    names = [name] if name is not None else running()
+    if not names:
+        raise none_up()
+    found = []
+    for each in names:
+        with connect(each) as client:
+            found.append(client.status())
+    return found
+
+
+def _print_status(statuses: list[dict[str, Any]], json: bool) -> None:
+    if json:
+        for each in statuses:
+            output.as_json(each)
+        return
+    console = output.stdout()
+    for number, each in enumerate(statuses):
+        if number:
+            console.print()
+        console.print(output.status(each))
+
+
+def _watch_status(name: str | None, json: bool) -> None:
+    if json or not sys.stdout.isatty():
+        while True:
+            _print_status(_statuses(name), json)
+            sys.stdout.flush()
+            time.sleep(1)
+
+    from rich.console import Group
+    from rich.live import Live
+
+    with Live(console=output.stdout(), screen=True, auto_refresh=False) as live:
+        while True:
+            live.update(Group(*map(output.status, _statuses(name))), refresh=True)
+            time.sleep(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,238 @@
+"""The command `martlet` as users start it: real processes, TUN devices and sockets.
+
+a [eth0 192.0.2.1] ----veth---- [eth0 192.0.2.2] b
+   mt0 10.88.0.1                  mt0 10.88.0.2, port 4117
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from cli.demo.netns import Namespace, Namespaces
+from tunnel.identity import Identity
+
+MARTLET = [sys.executable, "-m", "cli.main"]
+
+CONFIG = """
+[interface]
+name = "mt0"
+address = ["10.88.0.{own}/24"]
+private_key = "{own}"
+listen_port = {port}
+[[peer]]
+name = "other"
+public_key = "{key}"
+{endpoint}
+allowed_ips = ["10.88.0.{other}/32", "10.99.{other}.0/24"]
+"""
+
+
+class Host:
+    """One end: its namespace, and its config file."""
+
+    def __init__(self, space: Namespace, config: Path) -> None:
+        self.space = space
+        self.config = config
+        self.log = config.with_suffix(".log")
+
+    def martlet(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        done = self.space.run([*MARTLET, *arguments], check=False)
+        assert "Traceback" not in done.stdout + done.stderr
+        return done
+
+    def up(self) -> subprocess.Popen[bytes]:
+        process = self.space.popen([*MARTLET, "up", str(self.config)], log=self.log)
+        until(lambda: "info    up" in self.log.read_text(), self.log.read_text)
+        return process
+
+    def interfaces(self) -> set[str]:
+        return {link["ifname"] for link in json.loads(self.space.run(["ip", "-j", "link"]).stdout)}
+
+
+def until(
+    condition: Callable[[], bool], explain: Callable[[], object], seconds: float = 10
+) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, explain()
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def hosts(tmp_path: Path) -> Iterator[tuple[Host, Host]]:
+    keys = {1: Identity.generate(), 2: Identity.generate()}
+    with Namespaces() as spaces:
+        made = []
+        for own, other, port, endpoint in (
+            (1, 2, 0, 'endpoint = "192.0.2.2:4117"'),
+            (2, 1, 4117, ""),
+        ):
+            keys[own].save(tmp_path / str(own))
+            config = tmp_path / f"{own}.toml"
+            config.write_text(
+                CONFIG.format(
+                    own=own, other=other, port=port, endpoint=endpoint,
+                    key=keys[other].public_key.openssh,
+                )
+            )  # fmt: skip
+            made.append(Host(spaces.create("ab"[own - 1]), config))
+        a, b = made
+        spaces.veth(a.space, "eth0", b.space, "eth0")
+        a.space.batch("addr add 192.0.2.1/24 dev eth0")
+        b.space.batch("addr add 192.0.2.2/24 dev eth0")
+        yield a, b
+
+
+def test_up_ping_status_move_down(hosts: tuple[Host, Host]) -> None:
+    a, b = hosts
+    b.up()
+    running = a.up()
+    done = a.martlet("ping", "other", "-c", "3", "-i", "0.05")
+    assert done.returncode == 0, a.log.read_text()
+    assert "3 received" in done.stdout
+    assert a.space.run(["ping", "-c2", "-i0.1", "10.88.0.2"]).returncode == 0
+    routes = a.space.run(["ip", "route"]).stdout
+    assert "10.99.2.0/24 dev mt0" in routes
+
+    status = json.loads(a.martlet("status", "--json").stdout)
+    assert status["interface"] == "mt0"
+    (peer,) = status["peers"]
+    assert peer["state"] == "up"
+    assert peer["paths"][0]["remote"] == "192.0.2.2:4117"
+    assert status["counters"]["internal_errors"] == 0
+    again = a.martlet("up", str(a.config))
+    assert again.returncode == 1
+    assert "already up" in again.stderr
+
+    a.space.batch("addr del 192.0.2.1/24 dev eth0", "addr add 192.0.2.7/24 dev eth0")
+    assert a.space.run(["ping", "-c2", "-i0.1", "10.88.0.2"]).returncode == 0
+    history = json.loads(a.martlet("history", "mt0", "--json").stdout)
+    assert history[-1]["to_path"].startswith("192.0.2.7:")
+
+    down = a.martlet("down", "mt0")
+    assert down.returncode == 0
+    assert "mt0" not in a.interfaces()  # undone by the time `down` returns
+    assert running.wait(5) == 0
+    assert a.martlet("status").returncode == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_undo_everything(hosts: tuple[Host, Host], number: signal.Signals) -> None:
+    _, b = hosts
+    process = b.up()
+    process.send_signal(number)
+    assert process.wait(5) == 0
+    assert "mt0" not in b.interfaces()
+    assert "Traceback" not in b.log.read_text()
+
+
+def test_a_killed_tunnel_can_be_started_again(hosts: tuple[Host, Host]) -> None:
+    _, b = hosts
+    process = b.up()
+    process.kill()
+    process.wait(5)
+    b.log.write_text("")
+    b.up()
+    assert b.martlet("status").returncode == 0
+
+
+def test_a_stopped_process_is_told_that_it_was(hosts: tuple[Host, Host]) -> None:
+    _, b = hosts
+    process = b.up()
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(2.5)  # real time: it is the kernel's clocks that are compared
+    process.send_signal(signal.SIGCONT)
+    until(lambda: "resumed missing_s=" in b.log.read_text(), b.log.read_text)
+
+
+def test_detach(hosts: tuple[Host, Host]) -> None:
+    _, b = hosts
+    done = b.martlet("up", "--detach", str(b.config))
+    assert done.returncode == 0, done.stderr
+    assert "in the background" in done.stderr
+    log = Path(done.stderr.rsplit(" ", 1)[1].strip())
+    assert "info    up" in log.read_text()
+    again = b.martlet("up", "--detach", str(b.config))
+    assert again.returncode == 1
+    assert "already up" in again.stderr
+    assert b.martlet("down", "mt0").returncode == 0
+    assert "mt0" not in b.interfaces()
+    log.unlink()
+
+
+def test_sd_notify(hosts: tuple[Host, Host], tmp_path: Path) -> None:
+    _, b = hosts
+    name = str(tmp_path / "notify")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(name)
+        manager.settimeout(10)
+        process = b.space.popen([*MARTLET, "up", str(b.config)], env={"NOTIFY_SOCKET": name})
+        assert manager.recv(99) == b"READY=1"
+        assert "mt0" in b.interfaces()
+        process.terminate()
+        assert manager.recv(99) == b"STOPPING=1"
+
+
+def test_a_port_in_use(hosts: tuple[Host, Host]) -> None:
+    _, b = hosts
+    owner = b.space.call(lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+    with owner:
+        owner.bind(("0.0.0.0", 4117))
+        done = b.martlet("up", str(b.config))
+    assert done.returncode == 1
+    assert "UDP port 4117 is already in use" in done.stderr
+    assert "mt0" not in b.interfaces()
+
+
+def test_without_dev_net_tun(hosts: tuple[Host, Host]) -> None:
+    _, b = hosts
+    script = 'mount -t tmpfs none /dev/net && exec "$@"'
+    done = b.space.run(
+        ["unshare", "--mount", "sh", "-c", script, "sh", *MARTLET, "up", str(b.config)], check=False
+    )
+    assert done.returncode == 1
+    assert "there is no /dev/net/tun" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_without_privilege(hosts: tuple[Host, Host]) -> None:
+    """Root without any capability but those that read files: as a container has it."""
+    _, b = hosts
+    done = b.space.run(
+        ["setpriv", "--bounding-set", "-net_admin", "--inh-caps", "-net_admin",
+         *MARTLET, "up", str(b.config)],
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 4, done.stderr
+    assert "NET_ADMIN" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_an_endpoint_that_does_not_answer_is_no_error_but_ping_says_so(
+    hosts: tuple[Host, Host],
+) -> None:
+    a, _ = hosts
+    a.config.write_text(a.config.read_text().replace('"192.0.2.2:4117"', '"no-such.invalid:1"'))
+    a.up()
+    done = a.martlet("ping", "other", "-c", "1")
+    assert done.returncode == 5
+    assert "other does not answer" in done.stderr
+    until(lambda: "cannot resolve" in a.log.read_text(), a.log.read_text)
+
+
+def test_the_device_taken_away(hosts: tuple[Host, Host]) -> None:
+    _, b = hosts
+    process = b.up()
+    b.space.batch("link del mt0")
+    assert process.wait(5) == 1
+    assert "removed under us" in b.log.read_text()
+    assert "Traceback" not in b.log.read_text()

@@ -1,0 +1,414 @@
+"""Between the node, which does no I/O, and the I/O: datagrams, packets, the network, time.
+
+The whole of it is one turn, run for whatever wakes the loop: look at the clock, feed the node, and
+drain it:
+
+    UDP socket readable --+                       +--> packets into the TUN
+    TUN readable ---------+--> node (one input) --+--> datagrams out of the sockets
+    netlink rings --------+                       +--> events: logs, names to resolve, pings
+    the alarm is due -----+                       +--> one alarm armed, TUN reading on or off
+
+An exception in a turn is a bug of ours; it is logged and counted, and the tunnel goes on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable
+from math import inf
+from typing import Any, Protocol
+
+from tun.device import TunDevice
+from tun.errors import TunError
+from tunnel.errors import LocalError
+from tunnel.events import (
+    NodeEvent,
+    PeerConnecting,
+    PeerHolding,
+    PeerMigrated,
+    PeerRefused,
+    PeerUp,
+    PingReply,
+    ResolveWanted,
+)
+from tunnel.path.network import Address, LocalNetwork, PathKey
+from tunnel.shell import clock
+from tunnel.shell.clock import HEARTBEAT, Alarm, JumpDetector
+from tunnel.shell.log import Log
+from tunnel.shell.netmon import NetworkMonitor
+from tunnel.shell.resolver import Resolver
+from tunnel.shell.udp import UdpSocket, UdpSockets
+
+BATCH = 64
+"""Datagrams or packets read in one turn: enough to share the cost of a turn; few enough that timers
+and the other direction wait for 2 ms at the most, at the 30 us that aioquic takes for a packet."""
+
+NETWORK_PAUSE = 0.001
+"""Least seconds between two looks at the network. The first event of a burst is acted on at once;
+the rest, some tens within a millisecond when a link goes, are looked at once more together."""
+
+NETWORK_SHARE = 0.2
+"""Share of the time that looking may take in a storm of events. A look takes 0.2 ms on a laptop,
+but grows with the routing table."""
+
+NETWORK_RETRY = 1.0
+"""Seconds until the next look when the kernel did not answer, or an address could not be bound."""
+
+CLOSE_TIMEOUT = 1.0
+"""Seconds that a closing node gets to say goodbye."""
+
+SEND_ROUNDS = 4
+"""How often a turn asks the node again after failed sends, so that it can move to another path at
+once; a node that answers each failure with another hopeless path waits for its timer."""
+
+AFTER_BUG = 0.02
+"""Seconds: a timer that is overdue because its handler fails must not spin the loop."""
+
+
+class Node(Protocol):
+    """What is driven; `tunnel.node.Node` in life, a fake in tests."""
+
+    def receive_datagram(self, data: bytes, path: PathKey, now: float) -> None: ...
+    def receive_packets(self, packets: list[bytes], now: float) -> None: ...
+    def network_changed(self, network: LocalNetwork, port: int, now: float) -> None: ...
+    def endpoints_resolved(self, peer: str, addresses: list[Address], now: float) -> None: ...
+    def send_failed(self, path: PathKey, error: int, now: float) -> None: ...
+    def resumed(self, now: float) -> None: ...
+    def handle_timer(self, now: float) -> None: ...
+    def ping(self, peer: str, token: int, now: float) -> bool: ...
+    def close(self, now: float) -> None: ...
+    def datagrams_to_send(self, now: float) -> list[tuple[PathKey, bytes]]: ...
+    def packets_to_write(self) -> list[bytes]: ...
+    def get_timer(self) -> float | None: ...
+    def next_event(self) -> NodeEvent | None: ...
+    def status(self, now: float) -> dict[str, Any]: ...
+    def history(self) -> list[dict[str, Any]]: ...
+    @property
+    def wants_packets(self) -> bool: ...
+    @property
+    def closed(self) -> bool: ...
+
+
+class Driver:
+    """Drives one node in the running loop. Implements `status.Control`.
+
+    `strict` is for tests: the first bug ends the tunnel, and `wait()` raises it.
+    """
+
+    def __init__(
+        self,
+        node: Node,
+        tun: TunDevice,
+        monitor: NetworkMonitor,
+        *,
+        listen_port: int,
+        peers: list[str],
+        strict: bool = False,
+    ) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._node = node
+        self._tun = tun
+        self._monitor = monitor
+        self._peers = peers
+        self._strict = strict
+        self._sockets = UdpSockets(listen_port, self._watch, self._unwatch)
+        self._resolver = Resolver(self._loop, self._resolved)
+        self._alarm = Alarm()
+        self._jumps = JumpDetector(clock.now(), clock.monotonic())
+        self._heartbeat = -inf
+        self._network: LocalNetwork | None = None  # as the kernel told it
+        self._told: LocalNetwork | None = None  # as the node was told
+        self._look_again = -inf
+        self._look: asyncio.TimerHandle | None = None
+        self._reading_tun = False
+        self._pings: dict[int, Callable[[float], None]] = {}
+        self._last_ping = 0
+        self._bugs = 0
+        self._bug_logged = -inf
+        self._closing: asyncio.TimerHandle | None = None
+        self._stopped: asyncio.Future[None] = self._loop.create_future()
+
+    # ---- life ----
+
+    def start(self) -> None:
+        """Look at the network and begin. Raises LocalError (port in use), OSError."""
+        now = clock.now()
+        self._take(self._monitor.snapshot(), now)
+        self._loop.add_reader(self._monitor.fileno(), self._on_doorbell)
+        self._loop.add_reader(self._alarm.fileno(), self._on_alarm)
+        self._flush(now)
+
+    def down(self) -> None:
+        """Begin to close; a second call does not wait for goodbyes any more."""
+        if self._stopped.done():
+            return
+        if self._closing is not None:
+            self._finish()
+            return
+        _log.info("closing")
+        self._closing = self._loop.call_later(CLOSE_TIMEOUT, self._finish)
+        self._turn(self._node.close)
+
+    async def wait(self) -> None:
+        """Until the node has closed. Raises TunError when the device was removed under us."""
+        await asyncio.shield(self._stopped)
+
+    def close(self) -> None:
+        """Stop watching and close sockets and alarm; device and monitor belong to the caller."""
+        for timer in (self._look, self._closing):
+            if timer is not None:
+                timer.cancel()
+        self._resolver.close()
+        self._read_tun(False)
+        self._loop.remove_reader(self._monitor.fileno())
+        self._loop.remove_reader(self._alarm.fileno())
+        self._sockets.close()
+        self._alarm.close()
+        self._finish()
+
+    # ---- what the control socket asks ----
+
+    def status(self) -> dict[str, Any]:
+        """The node's status, with the shell's own counters."""
+        status = self._node.status(clock.now())
+        status["counters"] = {
+            **status.get("counters", {}),
+            "udp_dropped": self._sockets.dropped,
+            "udp_refused": self._sockets.refused,
+            "tun_dropped": self._tun.dropped,
+            "internal_errors": self._bugs,
+        }
+        return status
+
+    def history(self) -> list[dict[str, Any]]:
+        """The node's ledger."""
+        return self._node.history()
+
+    def peers(self) -> list[str]:
+        """Names of the configured peers."""
+        return self._peers
+
+    def ping(self, peer: str, answered: Callable[[float], None]) -> Callable[[], None]:
+        """Ping `peer`; `answered` gets the round-trip time in seconds. Returns what forgets it."""
+        self._last_ping += 1
+        token = self._last_ping
+        self._pings[token] = answered
+        self._turn(lambda now: self._node.ping(peer, token, now))
+        return lambda: self._forget_ping(token)
+
+    # ---- what wakes us ----
+
+    def _on_datagrams(self, udp: UdpSocket) -> None:
+        def feed(now: float) -> None:
+            receive = self._node.receive_datagram
+            for data, path in udp.receive(BATCH):
+                try:
+                    receive(data, path, now)
+                except Exception as error:  # one datagram's fault is not the others'
+                    self._bug(error, now)
+
+        self._turn(feed)
+
+    def _on_packets(self) -> None:
+        def feed(now: float) -> None:
+            packets = self._tun.read(BATCH)
+            if packets:
+                self._node.receive_packets(packets, now)
+
+        self._turn(feed)
+
+    def _on_alarm(self) -> None:
+        def feed(now: float) -> None:
+            self._alarm.acknowledge()
+            deadline = self._node.get_timer()
+            if deadline is not None and deadline <= now:
+                self._node.handle_timer(now)
+
+        self._turn(feed)
+
+    def _on_doorbell(self) -> None:
+        def feed(now: float) -> None:
+            self._monitor.acknowledge()
+            wait = self._look_again - now
+            if wait <= 0:
+                self._look_at_network(now)
+            else:
+                self._look_later(wait)
+
+        self._turn(feed)
+
+    def _on_look(self) -> None:
+        self._look = None
+        self._turn(self._look_at_network)
+
+    def _resolved(self, peer: str, addresses: list[Address]) -> None:
+        self._turn(lambda now: self._node.endpoints_resolved(peer, addresses, now))
+
+    # ---- one turn ----
+
+    def _turn(self, feed: Callable[[float], object]) -> None:
+        if self._stopped.done():
+            return
+        now = clock.now()
+        bugs = self._bugs
+        try:
+            missing = self._jumps.observe(now, clock.monotonic(), self._alarm.deadline)
+            if missing is not None:
+                _log.info("resumed", missing_s=missing)
+                self._alarm.arm(inf)  # its deadline is old news; _flush() sets a new one
+                self._heartbeat = -inf
+                self._look_at_network(now)  # a wake-up is a network change
+                self._node.resumed(now)
+            feed(now)
+        except TunError as error:
+            self._fail(error)
+            return
+        except Exception as error:
+            self._bug(error, now)
+        self._flush(now, failed=self._bugs > bugs)
+
+    def _flush(self, now: float, *, failed: bool = False) -> None:
+        """Drain the node, and see to it that we are woken again."""
+        deadline = inf
+        try:
+            self._drain(now)
+            deadline = self._node.get_timer() or inf
+            self._read_tun(self._node.wants_packets)
+            if self._node.closed:
+                self._finish()
+        except Exception as error:
+            self._bug(error, now)
+            failed = True
+        if failed:
+            deadline = max(deadline, now + AFTER_BUG)
+        if self._heartbeat <= now:
+            self._heartbeat = now + HEARTBEAT
+        deadline = min(deadline, self._heartbeat)
+        # A deadline that moved away is left armed: one idle wake-up costs less than a system call
+        # for each packet.
+        if deadline < self._alarm.deadline and not self._stopped.done():
+            self._alarm.arm(deadline)
+
+    def _drain(self, now: float) -> None:
+        node = self._node
+        for _ in range(SEND_ROUNDS):
+            datagrams = node.datagrams_to_send(now)
+            if not datagrams:
+                break
+            failures = self._sockets.send(datagrams)
+            if not failures:
+                break
+            for path, error in failures:
+                _log.debug("send failed", path=path, error=os.strerror(error))
+                node.send_failed(path, error, now)
+        packets = node.packets_to_write()
+        if packets:
+            self._tun.write(packets)
+        while (event := node.next_event()) is not None:
+            self._on_event(event)
+
+    def _on_event(self, event: NodeEvent) -> None:
+        match event:
+            case PingReply(_, token, rtt):
+                answered = self._pings.pop(token, None)
+                if answered is not None:
+                    answered(rtt)
+            case ResolveWanted(peer, endpoints):
+                # Not from inside this turn: literal addresses are answered at once.
+                self._loop.call_soon(self._resolver.resolve, peer, endpoints)
+            case PeerUp(peer):
+                _log.info("peer up", peer=peer)
+            case PeerHolding(peer):
+                _log.warning("no path, holding", peer=peer)
+            case PeerConnecting(peer):
+                _log.info("connecting", peer=peer)
+            case PeerRefused(peer, reason):
+                _log.warning("refused", peer=peer or "unknown", reason=reason)
+            case PeerMigrated(record):
+                _log.info(
+                    "migrated",
+                    peer=record.peer,
+                    trigger=record.trigger,
+                    path_from=record.from_path,
+                    path_to=record.to_path,
+                    detect_ms=record.detect_ms,
+                    switch_ms=record.switch_ms,
+                    lost=record.lost,
+                    replayed=record.replayed,
+                )
+
+    # ---- network ----
+
+    def _look_at_network(self, now: float) -> None:
+        try:
+            network = self._monitor.snapshot()
+        except OSError as error:
+            _log.error("cannot read the network", error=error)
+            self._look_later(NETWORK_RETRY)
+            return
+        finally:
+            looked = clock.now()
+            self._look_again = looked + max(NETWORK_PAUSE, (looked - now) / NETWORK_SHARE)
+        if network != self._network or self._sockets.incomplete:
+            try:
+                self._take(network, now)
+            except LocalError as error:
+                _log.error("cannot listen", error=error)
+                self._look_later(NETWORK_RETRY)
+
+    def _take(self, network: LocalNetwork, now: float) -> None:
+        """Make the sockets follow `network`, then tell the node of what can be used of it."""
+        self._sockets.sync(network)
+        if self._sockets.incomplete:
+            self._look_later(NETWORK_RETRY)
+        usable = self._sockets.usable(network)
+        self._network = network
+        if usable != self._told:
+            self._told = usable
+            self._node.network_changed(usable, self._sockets.port, now)
+            self._loop.call_soon(self._resolver.retry)
+
+    def _look_later(self, seconds: float) -> None:
+        if self._look is None:
+            self._look = self._loop.call_later(seconds, self._on_look)
+
+    # ---- helpers ----
+
+    def _watch(self, udp: UdpSocket) -> None:
+        self._loop.add_reader(udp.fileno(), self._on_datagrams, udp)
+
+    def _unwatch(self, udp: UdpSocket) -> None:
+        self._loop.remove_reader(udp.fileno())
+
+    def _read_tun(self, wanted: bool) -> None:
+        """Backpressure: while the node wants no packets they wait in the kernel's queue."""
+        if wanted != self._reading_tun:
+            self._reading_tun = wanted
+            if wanted:
+                self._loop.add_reader(self._tun.fileno(), self._on_packets)
+            else:
+                self._loop.remove_reader(self._tun.fileno())
+
+    def _forget_ping(self, token: int) -> None:
+        self._pings.pop(token, None)
+
+    def _bug(self, error: Exception, now: float) -> None:
+        """Never the end of a tunnel, never silent either; one traceback a second is enough."""
+        self._bugs += 1
+        if self._strict:
+            self._fail(error)
+        elif now >= self._bug_logged + 1.0:
+            self._bug_logged = now
+            _log.error("internal error", exc_info=error, count=self._bugs)
+
+    def _fail(self, error: Exception) -> None:
+        if not self._stopped.done():
+            self._stopped.set_exception(error)
+
+    def _finish(self) -> None:
+        if not self._stopped.done():
+            self._stopped.set_result(None)
+
+
+_log = Log("loop")

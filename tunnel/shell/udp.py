@@ -1,0 +1,360 @@
+"""UDP sockets: one for each usable local address, all on one port.
+
+A path is (local address, remote address), so every datagram says which socket it came in on, and
+which one it has to leave by. What a socket refuses to send is a fact about that path and is
+returned, never raised.
+
+Runs of datagrams for one path go to the kernel as one (UDP_SEGMENT, GSO), and come from it as one
+(UDP_GRO): a system call costs more than sealing a packet does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import socket
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from tunnel.errors import LocalError
+from tunnel.path.network import Address, LocalAddress, LocalNetwork, PathKey
+from tunnel.shell.log import Log
+
+SOCKET_BUFFER = 4 << 20
+"""Bytes asked for in each direction: 50 ms at 600 Mbit/s. The kernel's default of 208 KiB lost tens
+of thousands of packets in 8 s of bulk traffic in every tunnel measured."""
+
+SOCKET_MARK = 0x6D61
+"""SO_MARK of all our sockets ("ma"), so that policy routing can keep them out of the tunnel."""
+
+EPHEMERAL_ATTEMPTS = 8
+"""How many free ports to try for one that is free on every local address."""
+
+_SEGMENTS = 44  # 44 x 1,452 bytes fit the 65,507 of one UDP message, and the kernel takes 64
+_MESSAGE = 65_507  # bytes of UDP payload that fit one IPv4 packet
+_LARGEST = 65_535  # bytes: no UDP payload is larger
+_KNOWN_REMOTES = 4096  # remembered PathKeys a socket: strangers must not grow it without bound
+
+# <linux/udp.h>, <linux/in.h>, <linux/in6.h>: not all of them are in Python's socket module.
+_UDP_SEGMENT, _UDP_GRO = 103, 104
+_IP_MTU_DISCOVER, _IPV6_MTU_DISCOVER, _PMTUDISC_PROBE = 10, 23, 3
+_SO_RCVBUFFORCE, _SO_SNDBUFFORCE = 33, 32
+
+_U16 = struct.Struct("=H")
+_CONTROL = socket.CMSG_SPACE(4)
+
+
+class UdpSocket:
+    """A non-blocking UDP socket on one local address.
+
+    `interface` is the device it is bound to, or "" when any will do. Raises OSError.
+    """
+
+    def __init__(self, ip: str, port: int, interface: str) -> None:
+        family = socket.AF_INET6 if ":" in ip else socket.AF_INET
+        self._socket = socket.socket(
+            family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
+        )
+        try:
+            _configure(self._socket)
+            self.interface = ""
+            self.bind_device(interface)
+            self._socket.bind((ip, port))
+        except OSError:
+            self._socket.close()
+            raise
+        self.local = Address(ip, self._socket.getsockname()[1])
+        self._paths: dict[Any, PathKey] = {}
+        self._segments = True
+
+    def fileno(self) -> int:
+        """The descriptor to watch for reading."""
+        return self._socket.fileno()
+
+    def bind_device(self, interface: str) -> None:
+        """Send and receive by `interface` only; by any if "". A kernel that refuses is obeyed."""
+        if interface != self.interface:
+            # EPERM: only the privileged may; ENODEV: it is gone, and netlink is about to say so.
+            with contextlib.suppress(PermissionError, OSError):
+                self._socket.setsockopt(
+                    socket.SOL_SOCKET, socket.SO_BINDTODEVICE, interface.encode() + b"\0"
+                )
+                self.interface = interface
+
+    def receive(self, limit: int) -> list[tuple[bytes, PathKey]]:
+        """Up to about `limit` datagrams; [] when none waits. Never blocks."""
+        received: list[tuple[bytes, PathKey]] = []
+        receive = self._socket.recvmsg
+        while len(received) < limit:
+            try:
+                data, control, _, source = receive(_LARGEST, _CONTROL)
+            except BlockingIOError:
+                break
+            except OSError:
+                break  # an error that the network sent back for an earlier datagram; now cleared
+            path = self._paths.get(source) or self._learn(source)
+            size = _U16.unpack_from(control[0][2])[0] if control else 0
+            if 0 < size < len(data):
+                received += [(data[i : i + size], path) for i in range(0, len(data), size)]
+            else:
+                received.append((data, path))
+        return received
+
+    def send(self, remote: Address, data: bytes) -> int:
+        """Send one datagram: 0, or the errno."""
+        try:
+            self._socket.sendto(data, remote)
+        except OSError as error:
+            return error.errno or errno.EIO
+        return 0
+
+    def send_run(self, remote: Address, run: Sequence[bytes]) -> tuple[int, int]:
+        """Send datagrams of one size, the last may be shorter: (how many left, errno or 0).
+
+        `run` has to fit one message: at most `_SEGMENTS` datagrams and `_MESSAGE` bytes.
+        """
+        if self._segments and len(run) > 1:
+            size = _U16.pack(len(run[0]))
+            try:
+                self._socket.sendmsg(run, [(socket.SOL_UDP, _UDP_SEGMENT, size)], 0, remote)
+                return len(run), 0
+            except OSError as error:
+                # EIO: this device cannot checksum segments, so never again. EINVAL, EMSGSIZE: too
+                # long for this path's MTU; one by one, those that fit will go.
+                if error.errno == errno.EIO:
+                    self._segments = False
+                elif error.errno not in (errno.EINVAL, errno.EMSGSIZE):
+                    return 0, error.errno or errno.EIO
+        sent, failure = 0, 0
+        for data in run:
+            code = self.send(remote, data)
+            sent += not code
+            failure = failure or code
+        return sent, failure
+
+    def close(self) -> None:
+        """Give the port back."""
+        self._socket.close()
+
+    def _learn(self, source: tuple[Any, ...]) -> PathKey:
+        if len(self._paths) >= _KNOWN_REMOTES:
+            self._paths.clear()
+        path = PathKey(self.local, Address.from_sockaddr(source))
+        self._paths[source] = path
+        return path
+
+
+class UdpSockets:
+    """All sockets of a tunnel; follows the network.
+
+    `port` is the one port they share: `listen_port`, or if that is 0 the first free one found,
+    which is then kept for good (0 until there is an address to bind). `opened` and `closing` are
+    called with each socket that comes and goes.
+    """
+
+    def __init__(
+        self,
+        listen_port: int,
+        opened: Callable[[UdpSocket], None],
+        closing: Callable[[UdpSocket], None],
+    ) -> None:
+        self.port = listen_port
+        self.dropped = 0
+        """Datagrams not sent because the kernel's queue was full."""
+        self.refused = 0
+        """Datagrams the kernel refused to send on their path."""
+        self._opened = opened
+        self._closing = closing
+        self._sockets: dict[str, UdpSocket] = {}
+        self._unusable: set[str] = set()
+        self._proven = False
+
+    def __iter__(self) -> Iterator[UdpSocket]:
+        return iter(self._sockets.values())
+
+    @property
+    def incomplete(self) -> bool:
+        """Whether some address of the last `sync` could not be bound, and is worth another try."""
+        return bool(self._unusable)
+
+    def usable(self, network: LocalNetwork) -> LocalNetwork:
+        """`network` without the addresses that could not be bound."""
+        if not self._unusable:
+            return network
+        addresses = tuple(a for a in network.addresses if a.ip in self._sockets)
+        return LocalNetwork(addresses, network.routes)
+
+    def sync(self, network: LocalNetwork) -> None:
+        """Open what is new, close what is gone, and bind each to its device or not.
+
+        An address that cannot be bound is left out and logged. Raises LocalError where somebody
+        else has the configured port, but only as long as it was never ours.
+        """
+        wanted = {ip: device_for(ip, network) for ip in _unique(network.addresses)}
+        for ip in [ip for ip in self._sockets if ip not in wanted]:
+            self._close(ip)
+        for ip, interface in wanted.items():
+            if ip in self._sockets:
+                self._sockets[ip].bind_device(interface)
+        missing = {ip: device for ip, device in wanted.items() if ip not in self._sockets}
+        self._unusable &= missing.keys()
+        if self.port:
+            self._open(missing)
+        elif missing:
+            self._open_anywhere(missing)
+        self._proven = self._proven or bool(self._sockets)
+
+    def send(self, datagrams: Sequence[tuple[PathKey, bytes]]) -> list[tuple[PathKey, int]]:
+        """Send them in order; the paths that failed, each once, with the first errno there.
+
+        A full queue of the kernel is no failure of the path: what does not fit is dropped.
+        """
+        failures: dict[PathKey, int] = {}
+        start, count = 0, len(datagrams)
+        while start < count:
+            path = datagrams[start][0]
+            end = _run_end(datagrams, start)
+            run = [data for _, data in datagrams[start:end]]
+            start = end
+            udp = self._sockets.get(path.local.host)
+            if udp is None or udp.local != path.local:
+                sent, code = 0, errno.EADDRNOTAVAIL  # the address is gone, and its socket with it
+            else:
+                sent, code = udp.send_run(path.remote, run)
+            if code in _QUEUE_FULL:
+                self.dropped += len(run) - sent
+            elif code:
+                self.refused += len(run) - sent
+                failures.setdefault(path, code)
+        return list(failures.items())
+
+    def close(self) -> None:
+        """Close all."""
+        for ip in list(self._sockets):
+            self._close(ip)
+
+    def _open(self, missing: dict[str, str]) -> None:
+        for ip, interface in missing.items():
+            try:
+                self._add(UdpSocket(ip, self.port, interface))
+            except OSError as error:
+                if error.errno == errno.EADDRINUSE and not self._proven:
+                    raise port_in_use(ip, self.port) from error
+                self._leave_out(ip, error)
+
+    def _open_anywhere(self, missing: dict[str, str]) -> None:
+        """Find a port that is free on all addresses; after some attempts, on the first one."""
+        for attempt in range(EPHEMERAL_ATTEMPTS):
+            port = 0
+            opened: list[UdpSocket] = []
+            taken = False
+            for ip, interface in missing.items():
+                try:
+                    opened.append(UdpSocket(ip, port, interface))
+                    port = opened[0].local.port
+                except OSError as error:
+                    taken |= error.errno == errno.EADDRINUSE
+                    if taken and attempt < EPHEMERAL_ATTEMPTS - 1:
+                        break
+                    self._leave_out(ip, error)
+            else:
+                for udp in opened:
+                    self._add(udp)
+                self.port = port
+                return
+            for udp in opened:
+                udp.close()
+
+    def _leave_out(self, ip: str, error: OSError) -> None:
+        """EADDRNOTAVAIL: gone again, as netlink is about to tell. EADDRINUSE: somebody has it."""
+        if ip not in self._unusable:
+            self._unusable.add(ip)
+            _log.warning("address not usable", local=ip, port=self.port, error=error.strerror)
+
+    def _add(self, udp: UdpSocket) -> None:
+        self._sockets[udp.local.host] = udp
+        self._unusable.discard(udp.local.host)
+        _log.info("socket opened", local=udp.local, device=udp.interface or None)
+        self._opened(udp)
+
+    def _close(self, ip: str) -> None:
+        udp = self._sockets.pop(ip)
+        self._closing(udp)
+        udp.close()
+        _log.info("socket closed", local=udp.local)
+
+
+def device_for(ip: str, network: LocalNetwork) -> str:
+    """The interface to bind a socket on `ip` to, or "" for none.
+
+    Binding makes a packet from this address leave by the interface that has it, also where another
+    one has the default route. It is wrong where several interfaces have the address, and where that
+    interface has no route of this family: the kernel would then believe every remote address to be
+    on that very link (`ip_route_output_key_hash_rcu` in net/ipv4/route.c).
+    """
+    owners = {address.interface for address in network.addresses if address.ip == ip}
+    if len(owners) != 1:
+        return ""
+    (owner,) = owners
+    version = 6 if ":" in ip else 4
+    routed = any(r.interface == owner and r.network.version == version for r in network.routes)
+    return owner if routed else ""
+
+
+def port_in_use(ip: str, port: int) -> LocalError:
+    """The error for a configured port that somebody else has."""
+    return LocalError(
+        f"UDP port {port} is already in use on {ip}",
+        remedy=f"see by whom with: ss -lunp 'sport = :{port}'; stop it, or change"
+        " interface.listen_port (0 picks a free one)",
+    )
+
+
+_log = Log("udp")
+
+_QUEUE_FULL = frozenset((errno.EAGAIN, errno.ENOBUFS))  # the socket's; the device's
+
+
+def _configure(udp: socket.socket) -> None:
+    if udp.family == socket.AF_INET6:
+        udp.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        # DF is set, and the size is ours to find: the kernel's idea of the path MTU is ignored.
+        udp.setsockopt(socket.IPPROTO_IPV6, _IPV6_MTU_DISCOVER, _PMTUDISC_PROBE)
+    else:
+        udp.setsockopt(socket.IPPROTO_IP, _IP_MTU_DISCOVER, _PMTUDISC_PROBE)
+    for forced, plain in (
+        (_SO_RCVBUFFORCE, socket.SO_RCVBUF),
+        (_SO_SNDBUFFORCE, socket.SO_SNDBUF),
+    ):
+        try:
+            udp.setsockopt(socket.SOL_SOCKET, forced, SOCKET_BUFFER)
+        except PermissionError:  # up to net.core.[rw]mem_max is for everybody
+            udp.setsockopt(socket.SOL_SOCKET, plain, SOCKET_BUFFER)
+    with contextlib.suppress(OSError):  # EPERM without CAP_NET_ADMIN: it works without, too
+        udp.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, SOCKET_MARK)
+    with contextlib.suppress(OSError):  # Linux 5.0
+        udp.setsockopt(socket.SOL_UDP, _UDP_GRO, 1)
+
+
+def _unique(addresses: Sequence[LocalAddress]) -> list[str]:
+    return list(dict.fromkeys(address.ip for address in addresses))
+
+
+def _run_end(datagrams: Sequence[tuple[PathKey, bytes]], start: int) -> int:
+    """End of the longest run from `start` that may go as one segmented message.
+
+    One path, all of one size but the last, which may be shorter (udp(7), UDP_SEGMENT).
+    """
+    path, first = datagrams[start]
+    size = len(first)
+    last = min(len(datagrams), start + min(_SEGMENTS, max(1, _MESSAGE // max(1, size))))
+    end = start + 1
+    while end < last:
+        other, data = datagrams[end]
+        if other != path or not 0 < len(data) <= size:  # an empty tail would make no datagram
+            break
+        end += 1
+        if len(data) < size:
+            break
+    return end
