@@ -119,6 +119,7 @@ class Peer:
         self._unconfirmed: int | None = None
         self._switched_at = 0.0
         self._revived_at = 0.0
+        self._held_at = 0.0
         self._keepalive_at: float | None = None
         self._pings: dict[int, float] = {}
         self.engine.pause()
@@ -463,6 +464,7 @@ class Peer:
     def _hold(self, now: float) -> None:
         if self.state == "up":
             self.state = "holding"
+            self._held_at = now
             self._emit(PeerHolding(self.name))
         self.engine.pause()
         if self.session is not None:
@@ -497,7 +499,7 @@ class Peer:
         if self._suspect_since is not None and progress > self._suspect_since:
             self._suspect_since = self._reprobe_at = None
             self._answered = []
-        if self.state == "holding" and progress > 0 and now - progress < HOLD_AFTER / 2:
+        if self.state == "holding" and progress > self._held_at:
             self._set_up(now)
             if self.dialling is not None and not self.dialling.said_hello:
                 self.dialling.close(ApplicationError.NO_ERROR, "the old connection is back")
