@@ -428,10 +428,20 @@ class Peer:
             return None
         return metrics.waiting_since + self._deadline(session)
 
+    def _give_up_at(self, session: Session) -> float | None:
+        """When to leave a suspect path for one that answered; at once if it never worked."""
+        if self._suspect_since is None or not self._answered:
+            return None
+        active = session.connection.active
+        if active.metrics.last_progress_at < active.used_at:
+            return self._suspect_since
+        return self._suspect_since + self._deadline(session)
+
     def _deadline(self, session: Session) -> float:
         metrics = session.connection.active.metrics
         return suspect_deadline(
             has_rtt=metrics.has_rtt,
+            expected_rtt=metrics.initial_rtt,
             rtt_smoothed=metrics.rtt_smoothed,
             rtt_variance=metrics.rtt_variance,
             max_ack_delay=session.connection.max_ack_delay,
@@ -505,11 +515,8 @@ class Peer:
                 self.dialling.close(ApplicationError.NO_ERROR, "the old connection is back")
                 self.dialling = None
             self._dial_at = None
-        if (
-            self._suspect_since is not None
-            and self._answered
-            and now >= self._suspect_since + self._deadline(session)
-        ):
+        give_up_at = self._give_up_at(session)
+        if give_up_at is not None and now >= give_up_at and self._suspect_since is not None:
             at = session.connection.active.metrics.waiting_since or self._suspect_since
             self._move(session, self._answered[0], Trigger.SUSPECT, at=at, now=now)
 
@@ -522,8 +529,7 @@ class Peer:
         session = self.session
         if session is not None and session.connection.is_open:
             times += [self._suspect_at(session), self._reprobe_at, self._keepalive_at]
-            if self._suspect_since is not None and self._answered:
-                times.append(self._suspect_since + self._deadline(session))
+            times.append(self._give_up_at(session))
             times.append(self._hold_at(session))
         known = [at for at in times if at is not None]
         return min(known) if known else None

@@ -79,12 +79,12 @@ class Engine:
 
     def pause(self) -> None:
         """There is no path: send nothing, go on queueing."""
-        self._paused = True
+        self._paused = self.queue.holding = True
 
     def resume(self, now: float) -> None:
         """A path is back: the newest packets of each flow go first."""
         if self._paused:
-            self._paused = False
+            self._paused = self.queue.holding = False
             self.queue.recover(now)
 
     @property
@@ -108,7 +108,7 @@ class Engine:
 
     def next_datagram(self, room: int, now: float) -> bytes | None:
         if not self._prepared:
-            self._head = self.queue.pop()
+            self._head = self.queue.pop(now)
             if self._head is None:
                 return None
             self._prepared = [PACKET_HEADER + self._head]

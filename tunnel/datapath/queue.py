@@ -15,6 +15,9 @@ LOW_WATER_BYTES = 192 * 1024
 """Above this the TUN is not read while there is a path. Enough for one batch and a burst."""
 NEWEST_PER_FLOW = 2
 """Packets of each flow kept whatever their age while there is no path."""
+STALE = 1.0
+"""Seconds in the queue after which a packet is dropped while there is a path: whoever sent it has
+sent it again."""
 FRESH = 0.2
 """Seconds; packets younger than this survive an outage even beyond the newest of their flow."""
 
@@ -33,6 +36,8 @@ class PacketQueue:
     """IP packets waiting to be sent, oldest first. Times are monotonic seconds."""
 
     def __init__(self) -> None:
+        self.holding = False
+        """There is no path: overflow spares the newest packets of each flow."""
         self._packets: deque[tuple[float, bytes]] = deque()
         self.bytes = 0
         self.dropped = 0
@@ -43,10 +48,15 @@ class PacketQueue:
     def push(self, packet: bytes, now: float) -> None:
         self._packets.append((now, packet))
         self.bytes += len(packet)
-        while self.bytes > MAX_BYTES or len(self._packets) > MAX_PACKETS:
+        if self._overflows and self.holding:
+            self._shed()
+        while self._overflows:
             self._drop_oldest()
 
-    def pop(self) -> bytes | None:
+    def pop(self, now: float) -> bytes | None:
+        """The oldest packet that is still worth sending."""
+        while self._packets and self._packets[0][0] < now - STALE:
+            self._drop_oldest()
         if not self._packets:
             return None
         _, packet = self._packets.popleft()
@@ -55,20 +65,36 @@ class PacketQueue:
 
     def recover(self, now: float) -> None:
         """A path is back: newest packets of each flow first, then what is fresh; drop the rest."""
+        newest, others = self._split()
+        fresh = [entry for entry in others if now - entry[0] <= FRESH]
+        # They are as good as new: their age is the path's fault.
+        self._replace([(now, packet) for _, packet in newest] + fresh)
+
+    @property
+    def _overflows(self) -> bool:
+        return self.bytes > MAX_BYTES or len(self._packets) > MAX_PACKETS
+
+    def _shed(self) -> None:
+        """Halve what is not among the newest of its flow, oldest first."""
+        newest, others = self._split()
+        spared = sorted(newest + others[len(others) // 2 :], key=lambda entry: entry[0])
+        self._replace(spared)
+
+    def _split(self) -> tuple[list[tuple[float, bytes]], list[tuple[float, bytes]]]:
+        """The newest packets of each flow, and the others, each oldest first."""
         seen: dict[bytes, int] = {}
-        newest: deque[tuple[float, bytes]] = deque()
-        fresh: deque[tuple[float, bytes]] = deque()
+        newest: list[tuple[float, bytes]] = []
+        others: list[tuple[float, bytes]] = []
         for entry in reversed(self._packets):
             flow = flow_of(entry[1])
             seen[flow] = seen.get(flow, 0) + 1
-            if seen[flow] <= NEWEST_PER_FLOW:
-                newest.appendleft(entry)
-            elif now - entry[0] <= FRESH:
-                fresh.appendleft(entry)
-            else:
-                self.dropped += 1
-        self._packets = newest + fresh
-        self.bytes = sum(len(packet) for _, packet in self._packets)
+            (newest if seen[flow] <= NEWEST_PER_FLOW else others).append(entry)
+        return newest[::-1], others[::-1]
+
+    def _replace(self, entries: list[tuple[float, bytes]]) -> None:
+        self.dropped += len(self._packets) - len(entries)
+        self._packets = deque(entries)
+        self.bytes = sum(len(packet) for _, packet in entries)
 
     def _drop_oldest(self) -> None:
         _, packet = self._packets.popleft()

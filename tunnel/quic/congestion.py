@@ -34,6 +34,7 @@ class WindowController(QuicCongestionControl):
         self.congestion_window = INITIAL_WINDOW_PACKETS * max_datagram_size
         self._recovery_started = -1.0
         self._stash = 0
+        self._before_loss: tuple[int, int | None] | None = None
 
     def on_packet_sent(self, *, packet: QuicSentPacket) -> None:
         self.bytes_in_flight += packet.sent_bytes
@@ -63,11 +64,19 @@ class WindowController(QuicCongestionControl):
             newest = max(newest, packet.sent_time or 0.0)
         if newest > self._recovery_started:
             self._recovery_started = now
+            self._before_loss = (self.congestion_window, self.ssthresh)
             self.congestion_window = max(
                 int(self.congestion_window * LOSS_REDUCTION),
                 MINIMUM_WINDOW_PACKETS * self.max_datagram_size,
             )
             self.ssthresh = self.congestion_window
+
+    def undo_loss(self) -> None:
+        """The last loss was only reordering: take the reduction back (RFC 4015)."""
+        if self._before_loss is not None:
+            window, self.ssthresh = self._before_loss
+            self.congestion_window = max(self.congestion_window, window)
+            self._before_loss = None
 
     def on_persistent_congestion(self) -> None:
         # An outage is a path's death, not congestion: liveness and migration deal with it, and a
@@ -93,13 +102,17 @@ class Pacer:
         if not self._rate:
             return None
         self._refill(now)
-        if self._tokens >= self._packet:
+        if self._tokens >= self._packet * (1 - 1e-6):  # the deficit may be below a float's grain
             return None
         return now + (self._packet - self._tokens) / self._rate
 
     def update_after_send(self, now: float) -> None:
+        """aioquic's call, which does not say how much: `charge` does."""
+
+    def charge(self, sent_bytes: int) -> None:
+        """A packet of this size has left."""
         if self._rate:
-            self._tokens -= self._packet
+            self._tokens -= sent_bytes
 
     def update_rate(self, congestion_window: int, smoothed_rtt: float) -> None:
         first = not self._rate

@@ -54,7 +54,7 @@ from tunnel.quic.frames import copy_header, moves_nobody
 from tunnel.quic.keys import OneRttKeys
 from tunnel.quic.mutual_tls import KeyPredicate, PinnedContext
 from tunnel.quic.paths import START_MTU, NetworkPath
-from tunnel.quic.recovery import PathMetrics, Recovery
+from tunnel.quic.recovery import GRANULARITY, PathMetrics, Recovery
 
 DUPLICATE_WINDOW = 8192
 """Packet numbers. aioquic's 128 are 32 ms at 4,000 packets a second: every late packet of the old
@@ -79,6 +79,8 @@ at first: a host that hurries from one network to another and back looks the sam
 CONTEST_BACKOFF_LIMIT = 60.0
 MAX_COPIES_PER_FLUSH = 64
 MTU_PROBE_TRIES = 2
+BLACK_HOLE_LOSSES = 6
+"""Large packets lost in a row, none acknowledged, that make the path's MTU suspect."""
 LINK_MTU = {4: 1500 - 28, 6: 1500 - 48}  # UDP payload of an Ethernet frame
 
 AEAD_TAG_SIZE = 16  # RFC 9001 section 5.3, all cipher suites
@@ -254,7 +256,8 @@ class PeerConnection(QuicConnection):
         path = self._paths.get(key)
         if path is not None:
             path.mtu = START_MTU
-            path.metrics.waiting_since = None if not path.metrics.outstanding else self._now
+            path.mtu_probes = 0
+            path.metrics.large_lost = 0
 
     def nudge(self) -> None:
         """Send something that must be acknowledged, with the next packets."""
@@ -331,6 +334,9 @@ class PeerConnection(QuicConnection):
             self._keys.update_key()
         self._watch_key_updates(now)
         self._sent_copies = []
+        if self.active.mtu > START_MTU and self.active.metrics.large_lost >= BLACK_HOLE_LOSSES:
+            # RFC 8899 section 4.3. The probe that follows at once gives the size back if not.
+            self.shrink(self.active.addr)
         out = self._active_datagrams(now)
         if self._apparent is not None and not self._apparent.settled:
             out += self._copy_datagrams(self._apparent.old, now)
@@ -362,7 +368,13 @@ class PeerConnection(QuicConnection):
         self._now = now
         pto_count = self._recovery.pto_count
         super().handle_timer(now)
-        if not self._established or self._state in END_STATES:
+        if self._state in END_STATES:
+            return
+        if not self._established:
+            if self._recovery.pto_count > pto_count and self._keys.send.is_valid():
+                # The acceptor may have dropped the handshake's keys already, and wait at an
+                # address that our NAT has changed since: a 1-RTT probe tells it where we are.
+                self.send_ping(0)
             return
         if self._recovery.pto_count > pto_count and not self.active.is_validated:
             self._challenge(self.active)  # every probe of an unproven path asks again
@@ -483,8 +495,9 @@ class PeerConnection(QuicConnection):
             if proven.state is not PathState.GONE:
                 self._challenge(proven)
         path.awaiting_peer_cid = rebinding
-        # Tell the peer at once that its move was seen: it waits for this acknowledgement.
-        self._spaces[tls.Epoch.ONE_RTT].ack_at = now
+        # Tell the peer at once that its move was seen: it waits for this acknowledgement, which
+        # aioquic would pace if it were due only now.
+        self._spaces[tls.Epoch.ONE_RTT].ack_at = now - GRANULARITY
 
     def _forget_apparent(self, now: float) -> None:
         apparent, self._apparent = self._apparent, None

@@ -21,6 +21,10 @@ from aioquic.quic.recovery import QuicPacketSpace
 from tunnel.quic.congestion import Pacer, WindowController
 
 PACKET_THRESHOLD = 3  # RFC 9002 section 6.1.1
+MAX_PACKET_THRESHOLD = 128
+"""Where a path reorders, the threshold is doubled up to this (RFC 9002 section 6.1.1)."""
+REMEMBERED_LOSSES = 256  # numbers declared lost, to find out that they were only late
+LARGE_PACKET = 1200  # bytes; every path carries this, larger ones may meet a black hole
 TIME_THRESHOLD = 9 / 8  # RFC 9002 section 6.1.2
 GRANULARITY = 0.001  # seconds, RFC 9002 section 6.1.2
 MAX_PTO_INTERVAL = 0.9
@@ -56,6 +60,10 @@ class PathMetrics:
         self.last_progress_at = 0.0
         self.loss_time: float | None = None
         self.lost = 0
+        self.large_lost = 0
+        """Packets above 1,200 bytes lost since one was acknowledged (RFC 8899 section 4.3)."""
+        self.packet_threshold = PACKET_THRESHOLD
+        self._declared_lost: dict[int, None] = {}
         self._order = 0
         self._largest_acked_order = -1
 
@@ -79,6 +87,7 @@ class PathMetrics:
         self._order += 1
         if packet.in_flight:
             self.cc.on_packet_sent(packet=packet)
+            self.pacer.charge(packet.sent_bytes)
         if packet.is_ack_eliciting:
             self._count(space, 1)
             if self.waiting_since is None:
@@ -100,6 +109,8 @@ class PathMetrics:
 
     def acked_in(self, ranges: RangeSet) -> list[_Sent]:
         """Remove and return the packets inside `ranges`, ascending."""
+        if self._declared_lost:
+            self._find_spurious(ranges)
         if not self.sent:
             return []
         first, last = next(iter(self.sent)), next(reversed(self.sent))
@@ -116,6 +127,14 @@ class PathMetrics:
                 taken.append(acked)
                 self._largest_acked_order = max(self._largest_acked_order, acked.order)
         return taken
+
+    def _find_spurious(self, ranges: RangeSet) -> None:
+        late = [n for n in self._declared_lost if any(r.start <= n < r.stop for r in ranges)]
+        for number in late:
+            del self._declared_lost[number]
+        if late:
+            self.packet_threshold = min(2 * self.packet_threshold, MAX_PACKET_THRESHOLD)
+            self.cc.undo_loss()
 
     def on_progress(self, now: float) -> None:
         self.last_progress_at = now
@@ -148,7 +167,7 @@ class PathMetrics:
                 break
             sent_at = entry.packet.sent_time or 0.0
             if (
-                entry.order <= self._largest_acked_order - PACKET_THRESHOLD
+                entry.order <= self._largest_acked_order - self.packet_threshold
                 or sent_at <= now - delay
             ):
                 lost.append(number)
@@ -156,6 +175,15 @@ class PathMetrics:
                 self.loss_time = sent_at + delay
         taken = [self.take(number) for number in lost]
         return [entry for entry in taken if entry is not None]
+
+    def note_lost(self, packets: list[QuicSentPacket]) -> None:
+        """Count packets that were declared lost, and remember them in case they were only late."""
+        for packet in packets:
+            self.lost += packet.is_ack_eliciting
+            self.large_lost += packet.in_flight and packet.sent_bytes > LARGE_PACKET
+            self._declared_lost[packet.packet_number] = None
+        while len(self._declared_lost) > REMEMBERED_LOSSES:
+            del self._declared_lost[next(iter(self._declared_lost))]
 
     def _count(self, space: QuicPacketSpace, by: int) -> None:
         self.outstanding += by
@@ -257,6 +285,8 @@ class Recovery:
                 eliciting = eliciting or packet.is_ack_eliciting
                 if packet.in_flight:
                     path.cc.on_packet_acked(packet=packet, now=now)
+                if packet.sent_bytes > LARGE_PACKET:
+                    path.large_lost = 0
                 for handler, arguments in packet.delivery_handlers:
                     handler(QuicDeliveryState.ACKED, *arguments)
             newest = taken[-1].packet
@@ -325,7 +355,7 @@ class Recovery:
     def _declare_lost(self, path: PathMetrics, lost: list[_Sent], now: float) -> None:
         if not lost:
             return
-        path.lost += sum(1 for entry in lost if entry.packet.is_ack_eliciting)
+        path.note_lost([entry.packet for entry in lost])
         in_flight = [entry.packet for entry in lost if entry.packet.in_flight]
         for entry in lost:
             self._log_lost(entry.packet)
