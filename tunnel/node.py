@@ -20,8 +20,6 @@ from tunnel.ledger import Ledger
 from tunnel.path.network import Address, LocalNetwork, PathKey
 from tunnel.peer import Peer, Surroundings
 from tunnel.quic.admission import (
-    MIN_RESET_TRIGGER,
-    RESET_LENGTH,
     Admitted,
     Door,
     Header,
@@ -340,9 +338,11 @@ class Node:
         since, count = self._resets
         if now - since >= 1.0:
             since, count = now, 0
-        if len(data) >= MIN_RESET_TRIGGER and count < RESETS_PER_SECOND:
+        if count >= RESETS_PER_SECOND:
+            return
+        token = self._reset_token(header.destination_cid)
+        reset = stateless_reset(token, len(data), self._rng.randbytes)
+        if reset is not None:
             self._resets = (since, count + 1)
             self.counters["resets_sent"] += 1
-            reset = stateless_reset(self._reset_token(header.destination_cid), self._rng.randbytes)
-            assert len(reset) == RESET_LENGTH
             self._raw.append((path, reset))

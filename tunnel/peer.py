@@ -342,7 +342,9 @@ class Peer:
         proven = [path for path in session.connection.paths() if path.address_validated]
         proven.sort(key=lambda path: path.used_at, reverse=True)
         recent = [path.addr.remote for path in proven[:REMEMBERED_REMOTES]]
-        return unique([session.active.remote, *self.resolved, *recent])
+        active, trusted = session.connection.active, session.connection.proven_remote
+        first = [active.addr.remote] if active.address_validated else [trusted]
+        return unique([*first, *self.resolved, *recent, active.addr.remote])
 
     def _reconsider(self, session: Session, before: Surroundings, now: float) -> None:
         """The network changed under a session."""
@@ -353,7 +355,7 @@ class Peer:
             if path.addr.local.host not in usable and path is not connection.active:
                 connection.leave(path.addr)
         active = session.active
-        best = best_from(network, port, active, self._remotes(session))
+        best = best_from(network, port, self._remotes(session))
         here = any(a.ip == active.local.host for a in network.sources(active.remote.host))
         if best is None:
             connection.path_event(now)
@@ -423,10 +425,17 @@ class Peer:
     # liveness
 
     def _suspect_at(self, session: Session) -> float | None:
-        metrics = session.connection.active.metrics
-        if metrics.waiting_since is None or self._suspect_since is not None:
+        waiting = self._waiting_since(session)
+        if waiting is None or self._suspect_since is not None:
             return None
-        return metrics.waiting_since + self._deadline(session)
+        return waiting + self._deadline(session)
+
+    def _waiting_since(self, session: Session) -> float | None:
+        """Since when the peer owes us a sign of life; None when it owes nothing."""
+        active = session.connection.active
+        if active.metrics.waiting_since is None and active.sendable() == 0:
+            return active.used_at  # we may not even ask: the 3x limit of an unproven address
+        return active.metrics.waiting_since
 
     def _give_up_at(self, session: Session) -> float | None:
         """When to leave a suspect path for one that answered; at once if it never worked."""
@@ -481,7 +490,7 @@ class Peer:
             self._want_dial(now)
 
     def _hold_at(self, session: Session) -> float | None:
-        waiting = session.connection.active.metrics.waiting_since
+        waiting = self._waiting_since(session)
         if waiting is None or self.engine.paused:
             return None
         return max(waiting, self._revived_at) + HOLD_AFTER

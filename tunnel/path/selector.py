@@ -36,15 +36,12 @@ def unique(addresses: Iterable[Address]) -> list[Address]:
     return list(dict.fromkeys(addresses))
 
 
-def best_from(
-    network: LocalNetwork, port: int, active: PathKey, remotes: Sequence[Address]
-) -> PathKey | None:
+def best_from(network: LocalNetwork, port: int, remotes: Sequence[Address]) -> PathKey | None:
     """Where to go when the active path's local address is gone, or another is preferred now.
 
-    The remote address in use is kept if any local address reaches it; None when there is no
-    way at all.
+    The first remote address that any local address reaches; None when there is no way at all.
     """
-    for remote in unique([active.remote, *remotes]):
+    for remote in remotes:
         found = candidates(network, port, [remote], limit=1)
         if found:
             return found[0]

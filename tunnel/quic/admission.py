@@ -32,7 +32,7 @@ RETRY_ABOVE = 32
 MAX_HALF_OPEN = 256
 RESET_LENGTH = 41
 """Bytes of a stateless reset: looks like a short packet (RFC 9000 section 10.3)."""
-MIN_RESET_TRIGGER = RESET_LENGTH + 1  # always shorter than what triggered it: no loops
+MIN_RESET_LENGTH = 21  # RFC 9000 section 10.3; a PING of ours is 29 bytes long
 
 _NONCE = 12
 
@@ -155,9 +155,16 @@ class Door:
         return Admitted(plain[8:], header.destination_cid)
 
 
-def stateless_reset(token: bytes, fresh: Callable[[int], bytes]) -> bytes:
-    """A datagram that says: this connection is unknown here (RFC 9000 section 10.3)."""
-    noise = fresh(RESET_LENGTH - len(token))
+def stateless_reset(token: bytes, trigger: int, fresh: Callable[[int], bytes]) -> bytes | None:
+    """A datagram that says: this connection is unknown here (RFC 9000 section 10.3).
+
+    Always shorter than the one of `trigger` bytes that it answers, so that no loop arises; None
+    where that leaves too little.
+    """
+    length = min(RESET_LENGTH, trigger - 1)
+    if length < MIN_RESET_LENGTH:
+        return None
+    noise = fresh(length - len(token))
     return bytes((0x40 | noise[0] & 0x3F,)) + noise[1:] + token
 
 

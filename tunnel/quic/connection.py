@@ -46,7 +46,7 @@ from aioquic.quic.packet_builder import (
     QuicPacketBuilderStop,
 )
 
-from tunnel.path.network import PathKey
+from tunnel.path.network import Address, PathKey
 from tunnel.path.path import PathState
 from tunnel.quic.datagrams import Datapath, PullQueue
 from tunnel.quic.events import MoveContested, PathFailed, PathValidated, PeerMoved
@@ -286,6 +286,13 @@ class PeerConnection(QuicConnection):
         return self._recovery.max_ack_delay
 
     @property
+    def proven_remote(self) -> Address:
+        """The peer's address that we trust most: not that of a move that is still checked."""
+        if self._apparent is not None and not self._apparent.settled:
+            return self._apparent.old.addr.remote
+        return self.active.addr.remote
+
+    @property
     def settling(self) -> bool:
         """Whether an apparent move of the peer is still being checked."""
         return self._apparent is not None and not self._apparent.settled
@@ -513,6 +520,18 @@ class PeerConnection(QuicConnection):
             and now < (apparent.validated_at or now) + APPARENT_MEMORY
         ):
             self._contest(apparent, now)
+        elif (
+            apparent is not None
+            and not apparent.settled
+            and path is not apparent.new
+            and path.state is PathState.CANDIDATE
+            and number >= apparent.first_number
+        ):
+            # The very packets that moved us also come from a third address: one of the two only
+            # forwards. Whoever answers from there, when the other does not, is the peer.
+            if path.addr not in self._paths:
+                self._register(path)
+            self._challenge(path)
 
     def _contest(self, apparent: _ApparentMove, now: float) -> None:
         """The old address still speaks: whoever is at the new one only forwards."""
@@ -575,9 +594,10 @@ class PeerConnection(QuicConnection):
         if path is None or path.state is PathState.GONE:
             return
         now = context.time
+        rtt = now - path.challenge_times[path.local_challenges.index(data)]
         path.local_challenges.clear()
+        path.challenge_times.clear()
         path.challenge_count = 0
-        rtt = now - path.challenged_at
         if not path.metrics.has_rtt:
             path.metrics.add_rtt(rtt, 0.0, now)
         path.advance(PathState.VALIDATED)
@@ -589,8 +609,13 @@ class PeerConnection(QuicConnection):
         # (RFC 9000 section 8.2.1): ask again, padded.
         path.challenge_due = not path.challenge_padded
         path.local_challenge_sent = False
-        if self._apparent is not None and self._apparent.new is path:
-            self._apparent.validated_at = now
+        apparent = self._apparent
+        if apparent is not None and not apparent.settled:
+            if apparent.new is path:
+                apparent.validated_at = now
+            elif apparent.old is not path and apparent.validated_at is None:
+                self._forget_apparent(now)
+                self._switch(path, now, challenge=False)
         self._events.append(PathValidated(path.addr, rtt))
 
     def _handle_new_connection_id_frame(
@@ -682,6 +707,11 @@ class PeerConnection(QuicConnection):
         if path is None:
             path = NetworkPath(key, self._new_metrics())
             path.address_validated = self._knows_address(path)
+            for other in self._paths.values():
+                if other.addr.remote == key.remote and not path.address_validated:
+                    # The 3x credit belongs to the remote address.
+                    path.bytes_received = max(path.bytes_received, other.bytes_received)
+                    path.bytes_sent = max(path.bytes_sent, other.bytes_sent)
             self._register(path)
         return path
 
@@ -778,6 +808,7 @@ class PeerConnection(QuicConnection):
     def _write_path_challenge_frame(self, builder: QuicPacketBuilder, network_path: Any) -> None:
         super()._write_path_challenge_frame(builder, network_path)
         network_path.challenged_at = self._now
+        network_path.challenge_times.append(self._now)
         network_path.challenge_count += 1
 
     # sending

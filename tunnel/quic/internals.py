@@ -14,7 +14,6 @@ from aioquic.quic.recovery import QuicPacketNumberWindow, QuicPacketSpace
 PINNED_VERSION = "1.7.2"
 
 CONNECTION_METHODS = (
-    "_add_network_path",
     "_flush_builder",
     "_handle_datagram_frame",
     "_handle_new_connection_id_frame",
@@ -31,16 +30,13 @@ CONNECTION_METHODS = (
     "_write_datagram_frame",
     "_write_path_challenge_frame",
     "_write_path_response_frame",
-    "_write_ping_frame",
 )
 CONNECTION_ATTRIBUTES = (
-    "_ack_delay",
-    "_close_at",
-    "_close_event",
     "_close_pending",
+    "_configuration",
     "_cryptos",
     "_datagrams_pending",
-    "_handshake_complete",
+    "_events",
     "_handshake_confirmed",
     "_host_cids",
     "_is_client",
@@ -48,7 +44,6 @@ CONNECTION_ATTRIBUTES = (
     "_local_max_streams_uni",
     "_logger",
     "_loss",
-    "_max_datagram_size",
     "_network_paths",
     "_pacing_at",
     "_packet_number",
@@ -56,10 +51,8 @@ CONNECTION_ATTRIBUTES = (
     "_peer_cid_available",
     "_peer_retire_prior_to",
     "_peer_token",
-    "_ping_pending",
     "_probe_pending",
     "_quic_logger",
-    "_remote_active_connection_id_limit",
     "_spaces",
     "_spin_bit",
     "_state",
@@ -68,16 +61,12 @@ CONNECTION_ATTRIBUTES = (
 CONTEXT_METHODS = ("_check_certificate_verify_signature", "_server_handle_certificate")
 CONTEXT_ATTRIBUTES = ("_peer_certificate", "_request_client_certificate")
 CRYPTO_CONTEXT_ATTRIBUTES = ("aead", "cipher_suite", "hp", "key_phase", "secret", "version")
-CRYPTO_PAIR_METHODS = ("decrypt_packet", "encrypt_packet", "key_phase", "teardown", "update_key")
+CRYPTO_PAIR_METHODS = ("decrypt_packet", "encrypt_packet", "key_phase", "update_key")
 SPACE_ATTRIBUTES = (
     "ack_at",
-    "ack_queue",
-    "discarded",
-    "largest_received_packet",
     "received_packets",
-    "sent_packets",
 )
-WINDOW_ATTRIBUTES = ("_lower", "_received", "_size")
+WINDOW_ATTRIBUTES = ("_size",)
 
 
 def _check() -> None:

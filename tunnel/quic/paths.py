@@ -54,6 +54,7 @@ class NetworkPath:
         self.challenge_count = 0
         self.local_challenge_sent = False
         self.local_challenges: deque[bytes] = deque(maxlen=MAX_CHALLENGES)
+        self.challenge_times: deque[float] = deque(maxlen=MAX_CHALLENGES)  # of the same ones
         self.validation_deadline: float | None = None
         # challenges we answer
         self.remote_challenges: deque[bytes] = deque(maxlen=MAX_RESPONSES)

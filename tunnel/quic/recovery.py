@@ -168,7 +168,7 @@ class PathMetrics:
             sent_at = entry.packet.sent_time or 0.0
             if (
                 entry.order <= self._largest_acked_order - self.packet_threshold
-                or sent_at <= now - delay
+                or now >= sent_at + delay
             ):
                 lost.append(number)
             elif self.loss_time is None or sent_at + delay < self.loss_time:
