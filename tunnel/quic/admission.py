@@ -61,7 +61,7 @@ def read_header(data: bytes) -> Header | None:
     if not data or not data[0] & 0x40:
         return None
     if not data[0] & 0x80:
-        if len(data) < 1 + CONNECTION_ID_LENGTH + 20:
+        if len(data) < MIN_RESET_LENGTH:
             return None
         return Header(data[1 : 1 + CONNECTION_ID_LENGTH], is_long=False)
     try:

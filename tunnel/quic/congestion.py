@@ -96,6 +96,7 @@ class Pacer:
         self._tokens = 0.0
         self._burst = 0.0
         self._updated = 0.0
+        self._unsized = 0  # packets taken for full ones until they are charged
 
     def next_send_time(self, now: float) -> float | None:
         """When the next packet may leave, or None for at once."""
@@ -107,12 +108,19 @@ class Pacer:
         return now + (self._packet - self._tokens) / self._rate
 
     def update_after_send(self, now: float) -> None:
-        """aioquic's call, which does not say how much: `charge` does."""
+        """A packet is being written: aioquic does not say how large it will be."""
+        if self._rate:
+            self._tokens -= self._packet
+            self._unsized += 1
 
     def charge(self, sent_bytes: int) -> None:
         """A packet of this size has left."""
-        if self._rate:
-            self._tokens -= sent_bytes
+        if not self._rate:
+            return
+        if self._unsized:
+            self._unsized -= 1
+            self._tokens += self._packet
+        self._tokens -= sent_bytes
 
     def update_rate(self, congestion_window: int, smoothed_rtt: float) -> None:
         first = not self._rate

@@ -31,6 +31,7 @@ from aioquic.quic.connection import (
     END_STATES,
     NetworkAddress,
     QuicConnection,
+    QuicConnectionId,
     QuicReceiveContext,
 )
 from aioquic.quic.packet import (
@@ -153,6 +154,7 @@ class PeerConnection(QuicConnection):
 
         self._paths: dict[PathKey, NetworkPath] = {}
         self.active = self._paths[path] = NetworkPath(path, self._new_metrics())
+        self._retiring: list[tuple[float, QuicConnectionId]] = []  # replaced on a path in use
         self._apparent: _ApparentMove | None = None
         self._largest_moving = -1
         self._peer_path = self.active
@@ -218,7 +220,7 @@ class PeerConnection(QuicConnection):
         path = self._path(key)
         if path is self.active:
             return
-        self._forget_apparent(now)
+        self._forget_apparent()
         if path.state is PathState.GONE:
             path.advance(PathState.CANDIDATE)
         rtt = self.active.metrics.rtt_smoothed or self._configuration.initial_rtt
@@ -341,6 +343,9 @@ class PeerConnection(QuicConnection):
             self._keys.update_key()
         self._watch_key_updates(now)
         self._sent_copies = []
+        space = self._spaces[tls.Epoch.ONE_RTT]
+        if space.ack_at is not None and space.ack_at <= now:
+            space.ack_at = now - GRANULARITY  # due now is not late enough for aioquic's pacing
         if self.active.mtu > START_MTU and self.active.metrics.large_lost >= BLACK_HOLE_LOSSES:
             # RFC 8899 section 4.3. The probe that follows at once gives the size back if not.
             self.shrink(self.active.addr)
@@ -364,6 +369,7 @@ class PeerConnection(QuicConnection):
         timer = super().get_timer()
         stand_in.is_validated = True
         times = [t for t in (timer, self._forget_keys_at, self._settle_at()) if t is not None]
+        times += [at for at, _ in self._retiring]
         for path in self._paths.values():
             if path.retire_at is not None:
                 times.append(path.retire_at)
@@ -389,6 +395,8 @@ class PeerConnection(QuicConnection):
             self._keys.forget_previous()
             self._forget_keys_at = None
         self._judge_apparent(now)
+        while self._retiring and now >= self._retiring[0][0]:
+            self._retire_peer_cid(self._retiring.pop(0)[1])
         for path in list(self._paths.values()):
             if (
                 path.challenge_due
@@ -484,7 +492,7 @@ class PeerConnection(QuicConnection):
         )
         self._events.append(PeerMoved(old.addr, path.addr, rebinding, now))
         if trusted:
-            self._forget_apparent(now)
+            self._forget_apparent()
             self._switch(path, now, challenge=path.state is not PathState.VALIDATED)
         else:
             same_host = path.addr.remote.host == old.addr.remote.host
@@ -502,14 +510,13 @@ class PeerConnection(QuicConnection):
             if proven.state is not PathState.GONE:
                 self._challenge(proven)
         path.awaiting_peer_cid = rebinding
-        # Tell the peer at once that its move was seen: it waits for this acknowledgement, which
-        # aioquic would pace if it were due only now.
-        self._spaces[tls.Epoch.ONE_RTT].ack_at = now - GRANULARITY
+        # Tell the peer at once that its move was seen: it waits for this acknowledgement.
+        self._spaces[tls.Epoch.ONE_RTT].ack_at = now
 
-    def _forget_apparent(self, now: float) -> None:
+    def _forget_apparent(self) -> None:
         apparent, self._apparent = self._apparent, None
         if apparent is not None and not apparent.settled:
-            self._leave_path(apparent.old, now)
+            self._leave_path(apparent.old)
 
     def _duplicate(self, path: NetworkPath, number: int, now: float) -> None:
         apparent = self._apparent
@@ -612,9 +619,9 @@ class PeerConnection(QuicConnection):
         apparent = self._apparent
         if apparent is not None and not apparent.settled:
             if apparent.new is path:
-                apparent.validated_at = now
+                apparent.validated_at = apparent.validated_at or now
             elif apparent.old is not path and apparent.validated_at is None:
-                self._forget_apparent(now)
+                self._forget_apparent()
                 self._switch(path, now, challenge=False)
         self._events.append(PathValidated(path.addr, rtt))
 
@@ -666,15 +673,19 @@ class PeerConnection(QuicConnection):
             path.peer_cid = old
             return
         if old is not None:
-            self._retire_peer_cid(old)
+            self._retiring.append((self._retire_time(path), old))
         self._probe_pending = True  # say so at once: the peer waits for the new one
 
-    def _leave_path(self, path: NetworkPath, now: float) -> None:
+    def _leave_path(self, path: NetworkPath) -> None:
+        path.retire_at = self._retire_time(path)
+
+    def _retire_time(self, path: NetworkPath) -> float:
+        """Until when packets sent on this path may still be on their way."""
         pto = max(
             path.metrics.probe_timeout(self.max_ack_delay),
             self.active.metrics.probe_timeout(self.max_ack_delay),
         )
-        path.retire_at = now + RETIRE_PTOS * pto
+        return self._now + RETIRE_PTOS * pto
 
     def _retire_path(self, path: NetworkPath) -> None:
         path.retire_at = None
@@ -746,7 +757,7 @@ class PeerConnection(QuicConnection):
         self._recovery.active = self._recovery.sending = path.metrics
         self._recovery.pto_count = 0
         self._recovery.requeue_frames(old.metrics)
-        self._leave_path(old, now)
+        self._leave_path(old)
         if challenge:
             self._challenge(path)
         self._probe_pending = True  # something ack-eliciting leaves at once
@@ -796,13 +807,17 @@ class PeerConnection(QuicConnection):
             return
         if apparent.validated_at is not None:
             apparent.settled = True
-            self._leave_path(apparent.old, now)
+            self._leave_path(apparent.old)
         else:  # nobody answered there: back to the last proven address (RFC 9000 section 9.3.2)
             self._apparent = None
             self._switch(apparent.old, now, challenge=True)
 
     def _on_path_challenge_delivery(self, delivery: QuicDeliveryState, network_path: Any) -> None:
-        if delivery is not QuicDeliveryState.ACKED and network_path.challenge_due:
+        if (
+            delivery is not QuicDeliveryState.ACKED
+            and network_path.challenge_due
+            and network_path.challenge_count < MAX_VALIDATION_TRIES
+        ):
             network_path.local_challenge_sent = False
 
     def _write_path_challenge_frame(self, builder: QuicPacketBuilder, network_path: Any) -> None:
@@ -906,6 +921,8 @@ class PeerConnection(QuicConnection):
     def _copy_datagrams(self, path: NetworkPath, now: float) -> list[tuple[bytes, NetworkAddress]]:
         """Second ways of what was just sent; copy packets move nobody."""
         out: list[tuple[bytes, NetworkAddress]] = []
+        if path.peer_cid is None:
+            return out
         for root, payload in self._sent_copies[:MAX_COPIES_PER_FLUSH]:
             builder = self._builder(path, path.mtu)
             cc = path.metrics.cc
@@ -999,6 +1016,8 @@ class PeerConnection(QuicConnection):
 
     def _watch_key_updates(self, now: float) -> None:
         """Old read keys go 3 PTO after the peer was heard with the new ones, not before."""
-        self.counters["key_updates"] = self._keys.updates
+        if self._keys.updates != self.counters["key_updates"]:
+            self.counters["key_updates"] = self._keys.updates
+            self._forget_keys_at = None
         if self._forget_keys_at is None and self._keys.update_is_mutual:
             self._forget_keys_at = now + RETIRE_PTOS * self._recovery.get_probe_timeout()

@@ -1,0 +1,441 @@
+"""The world of the demo and of the lab: two hosts, two uplinks each, every uplink behind a NAT.
+
+                      (wires: one userspace link process, 5 ms each way on each wire)
+
+          u0 --lan[natA0]wan-- [ A0 ] --a0 +------+ b0-- [ B0 ] --wan[natB0]lan-- u0
+     [A]                                   | core |                                   [B]
+          u1 --lan[natA1]wan-- [ A1 ] --a1 +------+ b1-- [ B1 ] --wan[natB1]lan-- u1
+
+    host   lan           public, two each      lan, IPv6 (NAT66: fd00:)   public, IPv6, two each
+    A u0   10.1.0.0/24   198.51.100.10   .11   2001:db8:a0::/64           2001:db8:f0::10   ::11
+    A u1   10.1.1.0/24   198.51.100.74   .75   2001:db8:a1::/64           2001:db8:f1::10   ::11
+    B u0   10.2.0.0/24   203.0.113.10    .11   2001:db8:b0::/64           2001:db8:f2::10   ::11
+    B u1   10.2.1.0/24   203.0.113.74    .75   2001:db8:b1::/64           2001:db8:f3::10   ::11
+
+B's NATs forward UDP port 4117 to B. IPv6 is routed without NAT unless `nat66` is set. A host's
+default routes have metric 100 (u0) and 200 (u1). The gateway of a lan is .1 (::1), the host
+starts at .2 (::2).
+
+Every event is a method of `World`, returns when it has happened, and gives the monotonic times of
+its begin and end.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from ipaddress import ip_network
+from pathlib import Path
+from types import TracebackType
+from typing import Literal, NamedTuple, TypeVar
+
+from cli.demo.link import LinkControl
+from cli.demo.nat import LAN, WAN, Kind, Nat, NftNat
+from cli.demo.nat import Mapping as NatMapping
+from cli.demo.netns import Namespace, Namespaces, command
+
+PORT = 4117  # the tunnel's port at both hosts, and the forwarded one of B's NATs
+HostName = Literal["A", "B"]
+T = TypeVar("T")
+# Where the `cli` package lives: `python -m` must find it from any working directory.
+IMPORT_ROOT = str(Path(__file__).resolve().parents[2])
+PYTHON_ENV = {"PYTHONPATH": IMPORT_ROOT, "PYTHONUNBUFFERED": "1"}
+_FIRST_HOST, _LAST_HOST = 2, 250  # last number of a host's private address
+
+
+class Happened(NamedTuple):
+    """When an event began and when it was complete, time.monotonic() seconds."""
+
+    begin: float
+    end: float
+
+
+@dataclass
+class Uplink:
+    """One way of a host into the core, through a router of its own."""
+
+    host: HostName
+    index: int
+    router: Namespace
+    subnets: dict[int, str]  # family -> the lan's network
+    gateways: dict[int, str]  # family -> the router's lan address
+    publics: dict[int, tuple[str, ...]]  # family -> the router's public addresses
+    cores: dict[int, str]  # family -> the core's address on the wire
+    nat: Nat = field(init=False)
+    number: int = _FIRST_HOST
+
+    @property
+    def name(self) -> str:
+        """Name of its wire and router: A0, A1, B0, B1."""
+        return f"{self.host}{self.index}"
+
+    @property
+    def interface(self) -> str:
+        """Interface at the host."""
+        return f"u{self.index}"
+
+    @property
+    def metric(self) -> int:
+        """Metric of its default route."""
+        return 100 * (self.index + 1)
+
+    def address(self, family: int, number: int | None = None) -> str:
+        """The host's private address on this uplink (its current one unless a number is given)."""
+        base = ip_network(self.subnets[family]).network_address
+        return str(base + (self.number if number is None else number))
+
+    def attach(self, *, addresses: bool = True) -> list[str]:
+        """`ip` commands that give the interface its addresses and its default route."""
+        lines = []
+        for family, subnet in self.subnets.items():
+            length = ip_network(subnet).prefixlen
+            nodad = " nodad" if family == 6 else ""
+            if addresses:
+                address = f"{self.address(family)}/{length}"
+                lines.append(f"addr replace {address} dev {self.interface}{nodad}")
+            lines.append(self._default_route(family))
+        return lines
+
+    def _default_route(self, family: int) -> str:
+        gateway = self.gateways[family]
+        return f"route replace default via {gateway} dev {self.interface} metric {self.metric}"
+
+    def renumber(self, family: int, number: int) -> list[str]:
+        """`ip` commands that exchange the address; the routes of the old one go with it, so they
+        are restored.
+        """
+        length = ip_network(self.subnets[family]).prefixlen
+        nodad = " nodad" if family == 6 else ""
+        old, new = self.address(family), self.address(family, number)
+        return [
+            f"addr del {old}/{length} dev {self.interface}",
+            f"addr add {new}/{length} dev {self.interface}{nodad}",
+            self._default_route(family),
+        ]
+
+
+@dataclass
+class Host:
+    """One end of the tunnel."""
+
+    name: HostName
+    space: Namespace
+    uplinks: list[Uplink] = field(default_factory=list)
+
+
+NatFactory = Callable[["World", Uplink], Nat]
+
+
+class World:
+    """Builds the topology of the module docstring; a context manager that removes it again.
+
+    families: address families outside the tunnel. delay: seconds each way on each wire. nat66:
+    translate IPv6 too. uplinks: how many uplinks A and B have at the start (`add_interface` adds
+    one). kinds: NAT kind by uplink name. nats: a factory by uplink name for NATs of another make,
+    called when their router stands without rules. source_rules: policy rules by source address,
+    as many multi-homed desktops have them.
+    """
+
+    def __init__(
+        self,
+        *,
+        families: Sequence[int] = (4,),
+        delay: float = 0.005,
+        uplinks: tuple[int, int] = (2, 2),
+        nat66: bool = False,
+        kinds: Mapping[str, Kind] | None = None,
+        nats: Mapping[str, NatFactory] | None = None,
+        source_rules: bool = False,
+        directory: Path | None = None,
+    ) -> None:
+        self.families = tuple(families)
+        self.delay = delay
+        self.nat66 = nat66
+        self.kinds = dict(kinds or {})
+        self.source_rules = source_rules
+        self._nats = dict(nats or {})
+        self._counts = uplinks
+        self._stack = ExitStack()
+        self._directory = directory
+
+    def __enter__(self) -> World:
+        with ExitStack() as stack:
+            self._build(stack)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stack.close()
+
+    # ---- building ----
+
+    def _build(self, stack: ExitStack) -> None:
+        self.directory = self._directory or Path(
+            stack.enter_context(tempfile.TemporaryDirectory(prefix="martlet-"))
+        )
+        self.spaces = stack.enter_context(Namespaces())
+        self.core = self.spaces.create("core")
+        self.core.forward()
+        self.wires = self.spaces.create("wires")
+        self.a = Host("A", self.spaces.create("A"))
+        self.b = Host("B", self.spaces.create("B"))
+        self.hosts: dict[HostName, Host] = {"A": self.a, "B": self.b}
+        for host in self.hosts.values():
+            for index in (0, 1):
+                host.uplinks.append(self._uplink(host, index))
+                stack.callback(host.uplinks[-1].nat.close)
+        self._start_link(stack)
+        for host, count in zip(self.hosts.values(), self._counts, strict=True):
+            for uplink in host.uplinks[:count]:
+                self._plug(host, uplink)
+
+    def _uplink(self, host: Host, index: int) -> Uplink:
+        side = "AB".index(host.name)
+        letter = host.name.lower()
+        inside6 = "fd00" if self.nat66 else "2001:db8"
+        lan = {4: f"10.{side + 1}.{index}.", 6: f"{inside6}:{letter}{index}::"}
+        wan4, low = ("198.51.100.", "203.0.113.")[side], 64 * index
+        wan6 = f"2001:db8:f{2 * side + index}::"
+        uplink = Uplink(
+            host=host.name,
+            index=index,
+            router=self.spaces.create(f"nat{host.name}{index}"),
+            subnets=self._only({4: f"{lan[4]}0/24", 6: f"{lan[6]}/64"}),
+            gateways=self._only({4: f"{lan[4]}1", 6: f"{lan[6]}1"}),
+            publics=self._only(
+                {
+                    4: (f"{wan4}{low + 10}", f"{wan4}{low + 11}"),
+                    6: (f"{wan6}10", f"{wan6}11"),
+                }
+            ),
+            cores=self._only({4: f"{wan4}{low + 1}", 6: f"{wan6}1"}),
+        )
+        self._cable(uplink)
+        factory = self._nats.get(uplink.name)
+        uplink.nat = factory(self, uplink) if factory else self._nft(uplink)
+        return uplink
+
+    def _only(self, values: dict[int, T]) -> dict[int, T]:
+        return {family: values[family] for family in self.families}
+
+    def _cable(self, uplink: Uplink) -> None:
+        """Router, wire and core of an uplink, with addresses, routes and fixed neighbours."""
+        router, name = uplink.router, uplink.name
+        core_end = name.lower()
+        router.forward()
+        self.spaces.veth(router, WAN, self.wires, f"{name}l")
+        self.spaces.veth(self.wires, f"{name}r", self.core, core_end)
+        for end in (f"{name}l", f"{name}r"):
+            if 6 in self.families:
+                self.wires.sysctl(f"net.ipv6.conf.{end}.disable_ipv6=1")
+        inside: list[str] = []
+        outside: list[str] = []
+        # An address resolution over the wire would add a round trip of its own to the first
+        # packet of a new address.
+        router_mac, core_mac = _mac(router, WAN), _mac(self.core, core_end)
+        for family, publics in uplink.publics.items():
+            length = 26 if family == 4 else 64
+            nodad = " nodad" if family == 6 else ""
+            core = uplink.cores[family]
+            inside += [f"addr add {public}/{length} dev {WAN}{nodad}" for public in publics]
+            inside.append(f"neigh replace {core} lladdr {core_mac} dev {WAN} nud permanent")
+            inside.append(f"route add default via {core} dev {WAN}")
+            outside.append(f"addr add {core}/{length} dev {core_end}{nodad}")
+            outside += [
+                f"neigh replace {public} lladdr {router_mac} dev {core_end} nud permanent"
+                for public in publics
+            ]
+            if family == 6 and not self.nat66:
+                outside.append(f"route add {uplink.subnets[6]} via {publics[0]}")
+        self.core.batch(*outside)
+        router.batch(*inside)
+
+    def _nft(self, uplink: Uplink) -> NftNat:
+        translated = [family for family in self.families if family == 4 or self.nat66]
+        return NftNat(
+            space=uplink.router,
+            port=PORT,
+            mappings={
+                family: NatMapping(uplink.address(family), uplink.publics[family])
+                for family in translated
+            },
+            kind=self.kinds.get(uplink.name, "port-restricted"),
+            forward=uplink.host == "B",
+        )
+
+    def _start_link(self, stack: ExitStack) -> None:
+        path = self.directory / "link.sock"
+        wires = [
+            f"{uplink.name}:{uplink.name}l:{uplink.name}r:{self.delay}"
+            for host in self.hosts.values()
+            for uplink in host.uplinks
+        ]
+        self.wires.popen(
+            [sys.executable, "-m", "cli.demo.link", "--control", str(path), *wires],
+            env=PYTHON_ENV,
+            log=self.directory / "link.log",
+        )
+        self.link = LinkControl(path)
+        stack.callback(self.link.close)
+
+    def _plug(self, host: Host, uplink: Uplink) -> None:
+        """Join host and router by a cable and configure both ends."""
+        self.spaces.veth(host.space, uplink.interface, uplink.router, LAN)
+        uplink.router.batch(*self._lan_addresses(uplink))
+        host.space.batch(*uplink.attach(), *self._source_rules(uplink))
+
+    def _source_rules(self, uplink: Uplink) -> list[str]:
+        if not self.source_rules:
+            return []
+        table = 100 + uplink.index
+        lines = []
+        for family, subnet in uplink.subnets.items():
+            route = f"default via {uplink.gateways[family]} dev {uplink.interface} table {table}"
+            lines += [
+                f"rule add from {subnet} table {table}",
+                f"route add {route}",
+            ]
+        return lines
+
+    @staticmethod
+    def _lan_addresses(uplink: Uplink) -> list[str]:
+        lines = []
+        for family, gateway in uplink.gateways.items():
+            length = ip_network(uplink.subnets[family]).prefixlen
+            nodad = " nodad" if family == 6 else ""
+            lines.append(f"addr replace {gateway}/{length} dev {LAN}{nodad}")
+        return lines
+
+    # ---- what a configuration needs ----
+
+    def endpoints(self, host: HostName) -> list[str]:
+        """Where the other end can dial this host, best uplink first, as `address:port` literals.
+
+        Only B has any: its NATs forward the port, or its IPv6 addresses are routed.
+        """
+        found = []
+        for uplink in self.hosts[host].uplinks:
+            for family in self.families:
+                translated = family == 4 or self.nat66
+                if translated and not uplink.nat.forward:
+                    continue
+                address = uplink.publics[family][0] if translated else uplink.address(family)
+                found.append(f"{address}:{PORT}" if family == 4 else f"[{address}]:{PORT}")
+        return found
+
+    def uplink(self, host: HostName, index: int = 0) -> Uplink:
+        """An uplink by its host and number."""
+        return self.hosts[host].uplinks[index]
+
+    # ---- events ----
+
+    def rebind_nat(
+        self, host: HostName, index: int = 0, *, port: bool = True, address: bool = False
+    ) -> Happened:
+        """The NAT forgets the flow and gives it another external port, public address, or both.
+
+        With a port forward (B) the forward moves along.
+        """
+        nat = self.uplink(host, index).nat
+        begin = time.monotonic()
+        nat.rebind(port=port, address=address)
+        return Happened(begin, time.monotonic())
+
+    def change_address(self, host: HostName, index: int = 0) -> Happened:
+        """Same link, next private address, default route restored; a port forward follows the
+        host.
+        """
+        uplink = self.uplink(host, index)
+        number = uplink.number + 1 if uplink.number < _LAST_HOST else _FIRST_HOST
+        name = self.hosts[host].space.name
+        begin = time.monotonic()
+        lines = [line for family in self.families for line in uplink.renumber(family, number)]
+        addresses = {family: uplink.address(family, number) for family in self.families}
+        batch = "\n".join(lines)
+        uplink.nat.move_host(addresses, f"ip -n {name} -batch - <<'MOVE'\n{batch}\nMOVE")
+        uplink.number = number
+        return Happened(begin, time.monotonic())
+
+    def switch_interface(self, host: HostName, index: int = 0) -> Happened:
+        """The interface goes down; the other uplink's default route is already there."""
+        begin = time.monotonic()
+        self.hosts[host].space.batch(f"link set dev u{index} down")
+        return Happened(begin, time.monotonic())
+
+    def restore_interface(self, host: HostName, index: int = 0) -> Happened:
+        """The interface comes back with its addresses and routes."""
+        uplink = self.uplink(host, index)
+        begin = time.monotonic()
+        lines = [f"link set dev {uplink.interface} up", *uplink.attach()]
+        if self.source_rules:
+            table = 100 + index
+            lines += [
+                f"route replace default via {gateway} dev {uplink.interface} table {table}"
+                for family, gateway in uplink.gateways.items()
+            ]
+        self.hosts[host].space.batch(*lines)
+        return Happened(begin, time.monotonic())
+
+    def add_interface(self, host: HostName, index: int = 1) -> Happened:
+        """A new interface appears at a host that was built with fewer uplinks."""
+        begin = time.monotonic()
+        self._plug(self.hosts[host], self.uplink(host, index))
+        return Happened(begin, time.monotonic())
+
+    def uplink_down(self, host: HostName, index: int = 0) -> Happened:
+        """The host's router loses power: its cable loses carrier, nothing passes in either
+        direction.
+        """
+        begin = time.monotonic()
+        self.uplink(host, index).router.batch(
+            f"link set dev {LAN} down", f"link set dev {WAN} down"
+        )
+        return Happened(begin, time.monotonic())
+
+    def uplink_up(self, host: HostName, index: int = 0) -> Happened:
+        """The router is back, with what it knew."""
+        uplink = self.uplink(host, index)
+        begin = time.monotonic()
+        mac = _mac(self.core, uplink.name.lower())
+        lines = [f"link set dev {WAN} up"]
+        for family, core in uplink.cores.items():
+            nodad, length = (" nodad", 64) if family == 6 else ("", 26)
+            lines += [
+                f"addr replace {public}/{length} dev {WAN}{nodad}"
+                for public in uplink.publics[family]
+            ]
+            lines.append(f"neigh replace {core} lladdr {mac} dev {WAN} nud permanent")
+            lines.append(f"route replace default via {core} dev {WAN}")
+        lines += [*self._lan_addresses(uplink), f"link set dev {LAN} up"]
+        if 6 in self.families:  # IPv6 addresses do not survive a link that goes down
+            lines += self._lan_addresses(uplink)
+        uplink.router.batch(*lines)
+        return Happened(begin, time.monotonic())
+
+    def blackhole(self, host: HostName, index: int = 0, *, way: str | None = None) -> Happened:
+        """The wire drops everything and tells nobody; `way` is "up" (from the host), "down" or
+        both.
+        """
+        begin = time.monotonic()
+        self.link.set(f"{host}{index}", way, blackhole=True)
+        return Happened(begin, time.monotonic())
+
+    def heal(self, host: HostName, index: int = 0) -> Happened:
+        """End a black hole."""
+        begin = time.monotonic()
+        self.link.set(f"{host}{index}", blackhole=False)
+        return Happened(begin, time.monotonic())
+
+
+def _mac(space: Namespace, interface: str) -> str:
+    output = command(["ip", "-n", space.name, "-br", "link", "show", "dev", interface]).stdout
+    return output.split()[2]
