@@ -183,6 +183,9 @@ class Node:
     def datagrams_to_send(self, now: float) -> list[tuple[PathKey, bytes]]:
         out, self._raw = self._raw, []
         for session in list(self._owners):
+            if session.ended:
+                self._forget(session)
+                continue
             out += [(key, data) for data, key in session.connection.datagrams_to_send(now)]
             if self._closing_at is not None and not session.connection.is_closed:
                 session.close(ApplicationError.GOODBYE, "shutting down")

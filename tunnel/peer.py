@@ -62,6 +62,8 @@ REMEMBERED_REMOTES = 3
 """Addresses of the peer that worked before and are asked at again: a NAT's old mappings die."""
 
 HELLO_VERSION = 1
+APPLICATION_ERROR = 0x0C
+"""What an application's close looks like before the handshake is done (RFC 9000 section 10.2.3)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,7 +280,7 @@ class Peer:
         if session is self.dialling:
             self.dialling = None
             if self.session is None:
-                if event.application is None:
+                if event.application is None and event.code != APPLICATION_ERROR:
                     reason = event.reason or f"connection error {event.code:#x}"
                     self._emit(PeerRefused(self.name, reason))
                     self._want_dial(now + REFUSED_BACKOFF)

@@ -6,29 +6,52 @@
        |                  |  one-way delay   |                  |
        +----- [NAT a2] ---+--- the network --+--- [NAT b2] -----+
 
-Every host has uplinks, each with one local address behind its own NAT (endpoint-independent
-mapping; filtering is the uplink's choice). Nothing sleeps: `run` jumps from one wake-up to the
-next, and everything random comes from one seed.
+Every host has uplinks, each with one local address behind its own NAT: endpoint-independent
+mapping or symmetric, filtering or not, mappings that expire. Nothing sleeps: `run` jumps from one
+wake-up to the next, and everything random comes from one seed.
 """
 
 from __future__ import annotations
 
+import errno
 import heapq
 import itertools
 import random
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from ipaddress import ip_network
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from tunnel.config import Config, loads
 from tunnel.events import NodeEvent, ResolveWanted
 from tunnel.identity import Identity
 from tunnel.node import Node
 from tunnel.path.network import Address, LocalAddress, LocalNetwork, PathKey, Route
+from tunnel.peer import Peer
 
 PORT = 4117
 INNER = {"a": "10.88.0.1", "b": "10.88.0.2"}
 START = 1000.0
+TX_QUEUE = 500  # packets, Linux's default for a TUN
+TIMER_GRAIN = 0.0001  # seconds that an event loop is late
+MAX_SPINS = 20
+"""Timers in a row that were due the moment they were armed; a real event loop would burn a core."""
+SEND_ROUNDS = 4  # as the shell
+
+
+NAT_LIFETIME = 30.0
+"""Seconds without an outgoing packet after which a mapping is gone: shorter than RFC 4787 allows,
+as short as many routers are."""
+
+
+@dataclass
+class Mapping:
+    """What a NAT remembers: the outer port, and when something last left by it."""
+
+    port: int
+    used_at: float
 
 
 @dataclass
@@ -40,21 +63,48 @@ class Uplink:
     public_ip: str
     forwarded: bool = False  # PORT of public_ip always leads to this host
     restricted: bool = True  # address- and port-dependent filtering (RFC 4787 section 5)
+    symmetric: bool = False  # address- and port-dependent mapping (RFC 4787 section 4.1)
     up: bool = True
     black_hole: bool = False
     metric: int = 100
     delay: float = 0.0  # extra seconds each way
-    mapping: dict[str, int] = field(default_factory=dict)  # local ip -> public port
-    allowed: set[Address] = field(default_factory=set)
+    mtu: int = 1472  # of the link, in UDP payload: more is refused by the kernel at once
+    lifetime: float = NAT_LIFETIME
+    mappings: dict[Address | None, Mapping] = field(default_factory=dict)
+    """By remote address; None stands for all where the mapping is endpoint-independent."""
+    allowed: dict[Address, float] = field(default_factory=dict)
     next_port: int = 40000
 
-    def outside(self) -> Address:
-        if self.forwarded and self.ip not in self.mapping:
-            self.mapping[self.ip] = PORT
-        if self.ip not in self.mapping:
-            self.next_port += 1
-            self.mapping[self.ip] = self.next_port
-        return Address(self.public_ip, self.mapping[self.ip])
+    def outside(self, remote: Address, now: float) -> Address:
+        """The source address of a packet that leaves to `remote`; makes or renews a mapping."""
+        entry = remote if self.symmetric and not self.forwarded else None
+        mapping = self.mappings.get(entry)
+        if mapping is None or now - mapping.used_at > self.lifetime:
+            if self.forwarded:
+                port = PORT
+            else:
+                self.next_port += 1
+                port = self.next_port
+            mapping = self.mappings[entry] = Mapping(port, now)
+        mapping.used_at = self.allowed[remote] = now
+        return Address(self.public_ip, mapping.port)
+
+    def lets_in(self, source: Address, port: int, now: float) -> bool:
+        """Whether a packet from `source` to this outer port reaches the host."""
+        if self.forwarded and port == PORT:
+            return True
+        for remote, mapping in self.mappings.items():
+            if mapping.port == port and now - mapping.used_at <= self.lifetime:
+                if not self.restricted and remote is None:
+                    return True
+                last = self.allowed.get(source)
+                return last is not None and now - last <= self.lifetime and remote in (None, source)
+        return False
+
+    def forget(self) -> None:
+        """The NAT restarts: mappings and filters are gone, the next ports are new ones."""
+        self.mappings.clear()
+        self.allowed.clear()
 
 
 class Host:
@@ -69,7 +119,11 @@ class Host:
         self.events: list[tuple[float, NodeEvent]] = []
         self.received: list[tuple[float, bytes]] = []
         self.armed: float | None = None
-        self.stopped = False
+        self.stopped = True  # until booted
+        self.waiting: deque[bytes] = deque()  # in the TUN's own queue, while the node reads nothing
+        self.fired_at, self.spins = 0.0, 0
+        self.bytes_sent = 0
+        self.datagrams_sent = 0
 
     def network(self) -> LocalNetwork:
         live = [u for u in self.uplinks if u.up]
@@ -105,13 +159,15 @@ class World:
         self.max_packets_per_key = max_packets_per_key
         self.tap: Callable[[Host, PathKey, bytes], None] | None = None
         """Sees every datagram as it leaves its NAT."""
+        self.outsiders: dict[str, Callable[[Address, Address, bytes], None]] = {}
+        """Who else owns an address, and gets what is sent there: source, target, data."""
         self._queue: list[tuple[float, int, Callable[[], None]]] = []
         self._order = itertools.count()
         self.a = Host("a", a or [Uplink("eth0", "192.168.1.10", "203.0.113.1")])
         self.b = Host("b", b or [Uplink("eth0", "192.168.2.10", "198.51.100.1", forwarded=True)])
         self.hosts = {"a": self.a, "b": self.b}
         for host in self.hosts.values():
-            host.identity = Identity.generate()
+            host.identity = Identity(Ed25519PrivateKey.from_private_bytes(self.rng.randbytes(32)))
         for host, other in ((self.a, self.b), (self.b, self.a)):
             endpoints = [f"{u.public_ip}:{PORT}" for u in other.uplinks if u.forwarded]
             dials = host is self.a or both_dial
@@ -124,6 +180,7 @@ class World:
         for name in names or self.hosts:
             host = self.hosts[name]
             host.stopped = False
+            host.armed = None
             host.node = Node(
                 host.config,
                 host.identity,
@@ -166,9 +223,11 @@ class World:
     def send(self, name: str, packet: bytes) -> None:
         """A packet comes out of the host's TUN."""
         host = self.hosts[name]
-        if not host.stopped:
-            host.node.receive_packets([packet], self.now)
-            self.pump(host)
+        if host.stopped:
+            return
+        if len(host.waiting) < TX_QUEUE:
+            host.waiting.append(packet)
+        self.pump(host)
 
     def stream(
         self, name: str, *, interval: float, seconds: float, size: int = 64, flow: int = 1
@@ -193,80 +252,125 @@ class World:
             host.node.network_changed(host.network(), PORT, self.now)
             self.pump(host)
 
-    def rebind(self, uplink: Uplink, *, public_ip: str | None = None) -> None:
-        """The NAT forgets the mapping; the next packet gets another one."""
+    def rebind(self, uplink: Uplink, *, port: bool = True, public_ip: str | None = None) -> None:
+        """The NAT forgets the mapping; the next packet gets another port, or address, or both."""
+        kept = uplink.mappings.get(None)
+        uplink.forget()
         uplink.next_port += 7
-        uplink.mapping = {uplink.ip: uplink.next_port}
-        uplink.allowed.clear()
+        if not port and kept is not None:
+            uplink.mappings[None] = kept
+        elif not uplink.symmetric or uplink.forwarded:
+            uplink.mappings[None] = Mapping(uplink.next_port, self.now)
         if public_ip is not None:
             uplink.public_ip = public_ip
 
     def readdress(self, name: str, uplink: Uplink, ip: str) -> None:
+        """The link gets another local address."""
         uplink.ip = ip
-        uplink.mapping.clear()
-        uplink.allowed.clear()
+        uplink.forget()
+        self.network_event(name)
+
+    def link(self, name: str, uplink: Uplink, *, up: bool) -> None:
+        """The interface goes down, or comes back behind a NAT that has forgotten it."""
+        uplink.up = up
+        uplink.forget()
         self.network_event(name)
 
     def stop(self, name: str) -> None:
         """The process dies without a word."""
         self.hosts[name].stopped = True
 
+    def suspend(self, name: str) -> None:
+        """The process stops; nothing reaches it, no timer fires."""
+        self.hosts[name].stopped = True
+
+    def resume(self, name: str) -> None:
+        """The suspended process goes on, and sees that its clock jumped."""
+        host = self.hosts[name]
+        host.stopped = False
+        host.armed = None
+        host.node.resumed(self.now)
+        self.pump(host)
+
     # plumbing
 
     def pump(self, host: Host) -> None:
+        """What the shell does after every input: send, report failures, write, look at events."""
         node = host.node
-        for _ in range(4):
-            while (event := node.next_event()) is not None:
-                host.events.append((self.now, event))
-                if isinstance(event, ResolveWanted):
-                    addresses = [Address(e.host, e.port) for e in event.endpoints]
-                    node.endpoints_resolved(event.peer, addresses, self.now)
+        while host.waiting and node.wants_packets:
+            node.receive_packets([host.waiting.popleft()], self.now)
+        for _ in range(SEND_ROUNDS):
+            failed: list[tuple[PathKey, int]] = []
             for key, data in node.datagrams_to_send(self.now):
-                self._depart(host, key, data)
+                error = self._depart(host, key, data)
+                if error:
+                    failed.append((key, error))
+            for key, error in failed:
+                node.send_failed(key, error, self.now)
+            if not failed:
+                break
         host.received += [(self.now, packet) for packet in node.packets_to_write()]
+        while (event := node.next_event()) is not None:
+            host.events.append((self.now, event))
+            if isinstance(event, ResolveWanted):
+                self.after(0.0, lambda event=event: self._resolve(host, event))  # type: ignore[misc]
         self._arm(host)
+
+    def _resolve(self, host: Host, event: ResolveWanted) -> None:
+        if not host.stopped:
+            addresses = [Address(e.host, e.port) for e in event.endpoints]
+            host.node.endpoints_resolved(event.peer, addresses, self.now)
+            self.pump(host)
 
     def _arm(self, host: Host) -> None:
         timer = host.node.get_timer()
         if timer is None or timer == host.armed:
             return
-        host.armed = timer = max(timer, self.now)
+        host.armed = timer
+        late = timer <= self.now and host.fired_at == self.now
 
         def fire(node: Node = host.node, due: float = timer) -> None:
             if host.node is node and host.armed == due and not host.stopped:
                 host.armed = None
+                host.fired_at = self.now
+                host.spins = host.spins + 1 if late else 0
+                assert host.spins < MAX_SPINS, f"seed {self.seed}: {host.name}'s timer spins"
                 node.handle_timer(self.now)
                 self.pump(host)
 
-        self.at(timer, fire)
+        self.at(max(timer, self.now) + TIMER_GRAIN, fire)
 
-    def _depart(self, host: Host, key: PathKey, data: bytes) -> None:
+    def _depart(self, host: Host, key: PathKey, data: bytes) -> int:
+        """Send; the errno that the kernel of this host would answer with at once, 0 for none."""
         uplink = host.uplink_of(key.local.host)
-        if uplink is None or uplink.black_hole or len(data) > self.mtu:
-            return
-        uplink.allowed.add(key.remote)
-        source = uplink.outside()
+        if uplink is None:
+            return errno.ENETUNREACH
+        if len(data) > uplink.mtu:
+            return errno.EMSGSIZE
+        host.bytes_sent += len(data)
+        host.datagrams_sent += 1
+        source = uplink.outside(key.remote, self.now)
         if self.tap is not None:
             self.tap(host, PathKey(source, key.remote), data)
-        if self.rng.random() < self.loss:
-            return
+        if uplink.black_hole or len(data) > self.mtu or self.rng.random() < self.loss:
+            return 0
         delay = self.delay + uplink.delay + self.rng.random() * self.jitter
         self.deliver(source, key.remote, data, delay)
+        return 0
 
     def deliver(self, source: Address, target: Address, data: bytes, delay: float) -> None:
         """Carry a datagram across the network to whatever NAT owns the target address."""
         self.after(delay, lambda: self._arrive(source, target, data))
 
     def _arrive(self, source: Address, target: Address, data: bytes) -> None:
+        if target.host in self.outsiders:
+            self.outsiders[target.host](source, target, data)
+            return
         for host in self.hosts.values():
             for uplink in host.uplinks:
                 if uplink.public_ip != target.host or not uplink.up or uplink.black_hole:
                     continue
-                mapped = uplink.mapping.get(uplink.ip)
-                forwarded = uplink.forwarded and target.port == PORT
-                if target.port != mapped and not forwarded:
-                    continue
-                if uplink.restricted and not forwarded and source not in uplink.allowed:
+                if not uplink.lets_in(source, target.port, self.now):
                     continue
                 self.after(
                     uplink.delay,
@@ -285,15 +389,18 @@ class World:
     # looking
 
     def state(self, name: str) -> str:
-        host = self.hosts[name]
-        return next(iter(host.node.peers.values())).state
+        return self.peer(name).state
 
     @property
     def both_up(self) -> bool:
         return self.state("a") == self.state("b") == "up"
 
+    def peer(self, name: str) -> Peer:
+        """The one peer of this host's node."""
+        return next(iter(self.hosts[name].node.peers.values()))
+
     def active(self, name: str) -> PathKey:
-        session = next(iter(self.hosts[name].node.peers.values())).session
+        session = self.peer(name).session
         assert session is not None
         return session.active
 
@@ -315,15 +422,6 @@ def numbered(sender: str, number: int, *, size: int = 64, flow: int = 1) -> byte
 
 def number_of(packet: bytes) -> int:
     return int.from_bytes(packet[28:36])
-
-
-def gaps(received: list[tuple[float, bytes]], since: float) -> tuple[float, int]:
-    """The longest silence after `since`, and how many packets came after it."""
-    times = [when for when, _ in received if when >= since]
-    if not times:
-        return float("inf"), 0
-    steps = [later - earlier for earlier, later in itertools.pairwise([since, *times])]
-    return max(steps), len(times)
 
 
 def _config(host: Host, other: Host, endpoints: list[str]) -> Config:

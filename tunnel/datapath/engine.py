@@ -129,11 +129,10 @@ class Engine:
             self.counters.sent += 1
         self.counters.sent_bytes += len(payload)
 
-    def received(self, packet_number: int, payload: bytes, now: float) -> bool:
-        copy = payload[:1] == bytes((KIND_COPY,))
+    def received(self, packet_number: int, payload: bytes, now: float) -> None:
         try:
             root = packet_number
-            if copy:
+            if payload[:1] == bytes((KIND_COPY,)):
                 self.counters.copies_received += 1
                 root, start = decode_varint(payload, 1)
                 payload = payload[start:]
@@ -143,7 +142,6 @@ class Engine:
                 self._deliver(payload, now)
         except MalformedDatagram:
             self.counters.malformed += 1
-        return copy
 
     def _first_time(self, root: int) -> bool:
         if root < self._floor or root in self._delivered or root in self._delivered_before:

@@ -103,9 +103,10 @@ class Pacer:
         if not self._rate:
             return None
         self._refill(now)
-        if self._tokens >= self._packet * (1 - 1e-6):  # the deficit may be below a float's grain
+        if self._tokens >= self._packet:
             return None
-        return now + (self._packet - self._tokens) / self._rate
+        at = now + (self._packet - self._tokens) / self._rate
+        return at if at > now else None  # the deficit may be below a float's grain
 
     def update_after_send(self, now: float) -> None:
         """A packet is being written: aioquic does not say how large it will be."""

@@ -79,12 +79,14 @@ CONTEST_BACKOFF = 0.25
 at first: a host that hurries from one network to another and back looks the same."""
 CONTEST_BACKOFF_LIMIT = 60.0
 MAX_COPIES_PER_FLUSH = 64
+SMALLEST_PROBE = 60  # bytes of a packet with a challenge and a response
 MTU_PROBE_TRIES = 2
 BLACK_HOLE_LOSSES = 6
 """Large packets lost in a row, none acknowledged, that make the path's MTU suspect."""
 LINK_MTU = {4: 1500 - 28, 6: 1500 - 48}  # UDP payload of an Ethernet frame
 
 AEAD_TAG_SIZE = 16  # RFC 9001 section 5.3, all cipher suites
+COPY_OVERHEAD = 9  # its kind, and a root of up to eight bytes
 DATAGRAM_OVERHEAD = 3  # frame type, and a length of two bytes
 
 _STAND_IN = "peer"  # the one address aioquic ever sees
@@ -96,6 +98,8 @@ class _ApparentMove:
     new: NetworkPath
     first_number: int
     deadline: float  # of validation (RFC 9000 section 8.2.4)
+    rival: NetworkPath | None = None
+    """A third address from which the packets of the move came too."""
     validated_at: float | None = None
     settled: bool = False
 
@@ -109,7 +113,6 @@ class _Received:
     host_cid: bytes | None = None
     processed: bool = False  # not a duplicate
     moving: bool = False
-    copy_seen: bool = False
 
 
 class PeerConnection(QuicConnection):
@@ -223,8 +226,7 @@ class PeerConnection(QuicConnection):
         self._forget_apparent()
         if path.state is PathState.GONE:
             path.advance(PathState.CANDIDATE)
-        rtt = self.active.metrics.rtt_smoothed or self._configuration.initial_rtt
-        self._settled_in_at = now + 2 * rtt + CROSSING
+        self._settle_in(now)
         self._switch(path, now, challenge=True)
 
     def probe(self, key: PathKey, now: float) -> None:
@@ -324,6 +326,7 @@ class PeerConnection(QuicConnection):
         path.bytes_received += len(data)
         self._now = now
         self._rx = _Received(path)
+        self._recovery.arriving = path.metrics
         super().receive_datagram(data, _STAND_IN, now)
         if self._state in END_STATES:
             return
@@ -395,8 +398,11 @@ class PeerConnection(QuicConnection):
             self._keys.forget_previous()
             self._forget_keys_at = None
         self._judge_apparent(now)
-        while self._retiring and now >= self._retiring[0][0]:
-            self._retire_peer_cid(self._retiring.pop(0)[1])
+        due = [cid for at, cid in self._retiring if at <= now]
+        if due:
+            self._retiring = [entry for entry in self._retiring if entry[0] > now]
+            for cid in due:
+                self._retire_peer_cid(cid)
         for path in list(self._paths.values()):
             if (
                 path.challenge_due
@@ -429,7 +435,7 @@ class PeerConnection(QuicConnection):
         if context.epoch is not tls.Epoch.ONE_RTT:
             return ack_eliciting, probing
         self._rx.host_cid = context.host_cid
-        self._rx.moving = not probing and not (self._rx.copy_seen and moves_nobody(plain))
+        self._rx.moving = not probing and not moves_nobody(plain)
         # aioquic is told that every packet only probes, so that it leaves paths alone.
         return ack_eliciting, True
 
@@ -493,6 +499,8 @@ class PeerConnection(QuicConnection):
         self._events.append(PeerMoved(old.addr, path.addr, rebinding, now))
         if trusted:
             self._forget_apparent()
+            if path.addr.remote == old.addr.remote:
+                self._settle_in(now)  # of two ends that follow each other, one has to stay
             self._switch(path, now, challenge=path.state is not PathState.VALIDATED)
         else:
             same_host = path.addr.remote.host == old.addr.remote.host
@@ -538,6 +546,7 @@ class PeerConnection(QuicConnection):
             # forwards. Whoever answers from there, when the other does not, is the peer.
             if path.addr not in self._paths:
                 self._register(path)
+            apparent.rival = path
             self._challenge(path)
 
     def _contest(self, apparent: _ApparentMove, now: float) -> None:
@@ -573,8 +582,7 @@ class PeerConnection(QuicConnection):
                 self._quic_logger.encode_datagram_frame(length=length)
             )
         if self._datapath is not None and self._rx.number is not None:
-            copy = self._datapath.received(self._rx.number, payload, context.time)
-            self._rx.copy_seen = self._rx.copy_seen or copy
+            self._datapath.received(self._rx.number, payload, context.time)
 
     def _handle_path_challenge_frame(
         self, context: QuicReceiveContext, frame_type: int, buf: Buffer
@@ -620,7 +628,7 @@ class PeerConnection(QuicConnection):
         if apparent is not None and not apparent.settled:
             if apparent.new is path:
                 apparent.validated_at = apparent.validated_at or now
-            elif apparent.old is not path and apparent.validated_at is None:
+            elif apparent.rival is path and apparent.validated_at is None:
                 self._forget_apparent()
                 self._switch(path, now, challenge=False)
         self._events.append(PathValidated(path.addr, rtt))
@@ -633,6 +641,11 @@ class PeerConnection(QuicConnection):
             return
         if self.active.peer_cid is not None:
             self.active.peer_cid = self._peer_cid
+        # What the peer wants back (aioquic knows nothing of these) is due at once.
+        self._retiring = [
+            (context.time if cid.sequence_number < self._peer_retire_prior_to else at, cid)
+            for at, cid in self._retiring
+        ]
         for path in self._paths.values():
             cid = path.peer_cid
             if (
@@ -691,6 +704,9 @@ class PeerConnection(QuicConnection):
         path.retire_at = None
         if path is self.active:
             return
+        path.challenge_due = False
+        if path.state is PathState.PROBING:
+            path.advance(PathState.FAILED)
         if path.peer_cid is self._peer_cid:
             self.active.peer_cid = path.peer_cid  # borrowed when there was no other left
         elif path.peer_cid is not None:
@@ -703,6 +719,10 @@ class PeerConnection(QuicConnection):
         path.metrics.waiting_since = path.metrics.loss_time = None
 
     # paths
+
+    def _settle_in(self, now: float) -> None:
+        rtt = self.active.metrics.rtt_smoothed or self._configuration.initial_rtt
+        self._settled_in_at = now + 2 * rtt + CROSSING
 
     def _new_metrics(self) -> PathMetrics:
         metrics = PathMetrics(
@@ -808,6 +828,9 @@ class PeerConnection(QuicConnection):
         if apparent.validated_at is not None:
             apparent.settled = True
             self._leave_path(apparent.old)
+            apparent.old.challenge_due = False
+            if apparent.old.state is PathState.PROBING:
+                apparent.old.advance(PathState.FAILED)
         else:  # nobody answered there: back to the last proven address (RFC 9000 section 9.3.2)
             self._apparent = None
             self._switch(apparent.old, now, challenge=True)
@@ -815,6 +838,7 @@ class PeerConnection(QuicConnection):
     def _on_path_challenge_delivery(self, delivery: QuicDeliveryState, network_path: Any) -> None:
         if (
             delivery is not QuicDeliveryState.ACKED
+            and network_path is self.active  # elsewhere the retry timer asks again
             and network_path.challenge_due
             and network_path.challenge_count < MAX_VALIDATION_TRIES
         ):
@@ -895,11 +919,14 @@ class PeerConnection(QuicConnection):
         return out
 
     def _probe_datagrams(self, path: NetworkPath, now: float) -> list[tuple[bytes, NetworkAddress]]:
+        room = path.sendable()
+        if room is not None and room < SMALLEST_PROBE:
+            return []
         if path.state is PathState.GONE or not self._take_cid(path):
             path.remote_challenges.clear()
             return []
         builder = self._builder(path, START_MTU)
-        builder.max_total_bytes = path.sendable()
+        builder.max_total_bytes = room
         asks = self._challenge_ready(path)
         try:
             builder.start_packet(QuicPacketType.ONE_RTT, self._keys)
@@ -953,9 +980,10 @@ class PeerConnection(QuicConnection):
         # Cut for a packet of its own on this path: a window that is nearly full, or frames already
         # in the packet, must not split a datagram needlessly.
         header = 1 + len(self._peer_cid.cid) + PACKET_NUMBER_SEND_SIZE
-        payload = self._datapath.next_datagram(
-            self.active.mtu - header - AEAD_TAG_SIZE - DATAGRAM_OVERHEAD, self._now
-        )
+        whole = self.active.mtu - header - AEAD_TAG_SIZE - DATAGRAM_OVERHEAD
+        if self.settling:
+            whole -= COPY_OVERHEAD  # so that a copy of it fits the old path as well
+        payload = self._datapath.next_datagram(whole, self._now)
         room = min(builder.remaining_buffer_space, builder.remaining_flight_space)
         if payload is None or len(payload) + DATAGRAM_OVERHEAD > room:
             raise QuicPacketBuilderStop

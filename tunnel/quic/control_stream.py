@@ -84,6 +84,9 @@ class Session:
             self.connection.send_stream_data(CONTROL_STREAM, encode(message))
 
     def close(self, code: ApplicationError, reason: str) -> None:
+        if self.dialled and self.connection.heard_at is None:
+            self.ended = True  # nobody knows of it: a close would only make somebody listen
+            return
         self.connection.close(error_code=int(code), reason_phrase=reason)
 
     def events(self) -> Iterator[SessionEvent]:

@@ -20,8 +20,8 @@ class Datapath(Protocol):
     def sent(self, packet_number: int, now: float) -> None:
         """The payload last returned has left in this packet."""
 
-    def received(self, packet_number: int, payload: bytes, now: float) -> bool:
-        """A payload arrived; returns whether it was a copy (which never moves a peer)."""
+    def received(self, packet_number: int, payload: bytes, now: float) -> None:
+        """A payload arrived in this packet."""
 
 
 class PullQueue:

@@ -211,6 +211,8 @@ class Recovery:
         self.active = first
         self.sending = first
         """The path that packets being built right now will leave on."""
+        self.arriving = first
+        """The path that the datagram being read came in on."""
         self.paths: list[PathMetrics] = [first]
         self.pto_count = 0
         self._send_probe = send_probe
@@ -290,7 +292,9 @@ class Recovery:
                 for handler, arguments in packet.delivery_handlers:
                     handler(QuicDeliveryState.ACKED, *arguments)
             newest = taken[-1].packet
-            if newest.packet_number == largest and eliciting:
+            # An acknowledgement that took another path back measures neither of the two.
+            measures = path is self.active or path is self.arriving
+            if newest.packet_number == largest and eliciting and measures:
                 path.add_rtt(
                     now - (newest.sent_time or now), min(ack_delay, self.max_ack_delay), now
                 )
