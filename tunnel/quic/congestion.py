@@ -23,6 +23,7 @@ PACING_GAIN = 1.25
 PACING_BURST_SECONDS = 0.002
 """Event-loop timers are about a millisecond coarse; a bucket smaller than that loses rate."""
 PACING_BURST_PACKETS = 16
+ROUNDING = 0.01  # bytes by which sums of floats may fall short
 
 
 class WindowController(QuicCongestionControl):
@@ -103,10 +104,11 @@ class Pacer:
         if not self._rate:
             return None
         self._refill(now)
-        if self._tokens >= self._packet:
+        missing = self._packet - self._tokens
+        if missing <= ROUNDING:
             return None
-        at = now + (self._packet - self._tokens) / self._rate
-        return at if at > now else None  # the deficit may be below a float's grain
+        at = now + missing / self._rate
+        return at if at > now else None  # less than the grain of a large `now`
 
     def update_after_send(self, now: float) -> None:
         """A packet is being written: aioquic does not say how large it will be."""
