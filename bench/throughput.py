@@ -73,11 +73,11 @@ class Ground:
 @contextmanager
 def martlet(ground: Ground) -> Iterator[None]:
     keys = {name: ground.directory / f"martlet-{name}" for name in OUTER}
-    public = {
-        name: ground.hosts[name].run([*MARTLET, "keygen", str(key)], env=PYTHON_ENV).stdout.strip()
-        for name, key in keys.items()
-        if not key.unlink(missing_ok=True)
-    }
+    public: dict[str, str] = {}
+    for name, key in keys.items():
+        key.unlink(missing_ok=True)  # of the round before
+        made = ground.hosts[name].run([*MARTLET, "keygen", str(key)], env=PYTHON_ENV)
+        public[name] = made.stdout.strip()
     processes = []
     for name in ("B", "A"):
         other = OTHER[name]
@@ -127,11 +127,10 @@ def wireguard_go(ground: Ground) -> Iterator[None]:
             private.write_text(keys[name][0])
             private.chmod(0o600)
             other = OTHER[name]
-            space.run(
-                ["wg", "set", names[name], "listen-port", "51820", "private-key", str(private)]
-                + ["peer", keys[other][1], "allowed-ips", f"{INNER[other]}/32"]
-                + ["endpoint", f"{OUTER[other]}:51820"]
-            )
+            ours = f"{names[name]} listen-port 51820 private-key {private}"
+            theirs = f"peer {keys[other][1]} allowed-ips {INNER[other]}/32"
+            theirs += f" endpoint {OUTER[other]}:51820"
+            space.run(["wg", "set", *ours.split(), *theirs.split()])
             space.batch(
                 f"addr add {INNER[name]}/24 dev {names[name]}",
                 f"link set dev {names[name]} mtu 1420 up",

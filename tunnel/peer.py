@@ -441,6 +441,7 @@ class Peer:
 
     def _give_up_at(self, session: Session) -> float | None:
         """When to leave a suspect path for one that answered; at once if it never worked."""
+        self._answered = [key for key in self._answered if key != session.active]
         if self._suspect_since is None or not self._answered:
             return None
         active = session.connection.active

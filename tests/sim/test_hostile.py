@@ -100,8 +100,8 @@ class Script:
     def sent(self, packet_number: int, now: float) -> None:
         self.payloads.pop(0)
 
-    def received(self, packet_number: int, payload: bytes, now: float) -> bool:
-        return False
+    def received(self, packet_number: int, payload: bytes, now: float) -> None:
+        pass
 
 
 # off the path

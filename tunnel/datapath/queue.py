@@ -48,8 +48,8 @@ class PacketQueue:
     def push(self, packet: bytes, now: float) -> None:
         self._packets.append((now, packet))
         self.bytes += len(packet)
-        if self._overflows and self.holding:
-            self._shed()
+        while self._overflows and self.holding and self._shed():
+            pass
         while self._overflows:
             self._drop_oldest()
 
@@ -74,11 +74,14 @@ class PacketQueue:
     def _overflows(self) -> bool:
         return self.bytes > MAX_BYTES or len(self._packets) > MAX_PACKETS
 
-    def _shed(self) -> None:
-        """Halve what is not among the newest of its flow, oldest first."""
+    def _shed(self) -> bool:
+        """Halve what is not among the newest of its flow, oldest first; False when none is left."""
         newest, others = self._split()
-        spared = sorted(newest + others[len(others) // 2 :], key=lambda entry: entry[0])
+        if not others:
+            return False
+        spared = sorted(newest + others[(len(others) + 1) // 2 :], key=lambda entry: entry[0])
         self._replace(spared)
+        return True
 
     def _split(self) -> tuple[list[tuple[float, bytes]], list[tuple[float, bytes]]]:
         """The newest packets of each flow, and the others, each oldest first."""

@@ -87,7 +87,8 @@ class PathMetrics:
         self._order += 1
         if packet.in_flight:
             self.cc.on_packet_sent(packet=packet)
-            self.pacer.charge(packet.sent_bytes)
+        # Only what is in flight is paced (RFC 9002 section 7.7): acknowledgements cost nothing.
+        self.pacer.charge(packet.sent_bytes if packet.in_flight else 0)
         if packet.is_ack_eliciting:
             self._count(space, 1)
             if self.waiting_since is None:
