@@ -8,7 +8,7 @@ from collections.abc import Callable
 from tests.sim.flows import Flow
 from tests.sim.world import PORT, Host, Uplink, World
 from tunnel.datapath.queue import MAX_BYTES, MAX_PACKETS
-from tunnel.quic.connection import MAX_PATHS
+from tunnel.quic.base import MAX_PATHS
 
 EVENTS_EACH = 12  # mean
 PATIENCE = 5.0

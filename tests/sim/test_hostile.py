@@ -16,8 +16,9 @@ from tunnel.events import PeerRefused
 from tunnel.identity import Identity
 from tunnel.path.network import Address, PathKey
 from tunnel.quic.admission import MAX_HALF_OPEN, RETRY_ABOVE, token_maker
+from tunnel.quic.base import MAX_PATHS
 from tunnel.quic.configuration import connection_configuration
-from tunnel.quic.connection import MAX_PATHS, PeerConnection
+from tunnel.quic.connection import PeerConnection
 from tunnel.quic.control_stream import CONTROL_STREAM, Ended, Session
 
 EVIL = Address("192.0.2.66", 6666)

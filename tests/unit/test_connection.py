@@ -32,11 +32,13 @@ from tests.unit.quic_pair import (
 from tunnel.datapath.engine import Engine
 from tunnel.path.network import Address, PathKey
 from tunnel.path.path import PathState
+from tunnel.quic.base import DUPLICATE_WINDOW, RETIRE_PTOS
 from tunnel.quic.congestion import PACING_BURST_PACKETS
-from tunnel.quic.connection import APPARENT_MEMORY, DUPLICATE_WINDOW, LINK_MTU, RETIRE_PTOS
+from tunnel.quic.connection import APPARENT_MEMORY
 from tunnel.quic.events import MoveContested, PathFailed, PathValidated, PeerMoved
 from tunnel.quic.frames import copy_header
 from tunnel.quic.paths import START_MTU
+from tunnel.quic.sender import LINK_MTU
 
 RTT = 2 * DELAY
 FRESH = {"client": Address("192.0.2.9", 1000), "server": Address("198.51.100.9", 2000)}

@@ -36,7 +36,9 @@ LISTED = {
 
 
 SUBCLASSES: dict[str, object] = {
+    "base.py": QuicConnection(configuration=QuicConfiguration()),
     "connection.py": QuicConnection(configuration=QuicConfiguration()),
+    "sender.py": QuicConnection(configuration=QuicConfiguration()),
     "mutual_tls.py": tls.Context(is_client=False),
 }
 """Modules with a class that derives from one of aioquic's, and that one."""

@@ -14,7 +14,7 @@ from aioquic.tls import CipherSuite
 
 from tests.unit.quic_pair import CLIENT, Flight, Host, Pair, numbers
 from tunnel.path.network import Address
-from tunnel.quic.connection import RETIRE_PTOS
+from tunnel.quic.base import RETIRE_PTOS
 from tunnel.quic.keys import MAX_PACKETS_PER_KEY, OneRttKeys
 
 VERSION = 1

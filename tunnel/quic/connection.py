@@ -18,204 +18,43 @@ alike for both roles:
 A packet whose only non-probing frames are copies moves nobody (docs/protocol.md).
 """
 
-from collections import deque
-from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any, cast
 
 from aioquic import tls
-from aioquic.buffer import Buffer, size_uint_var
-from aioquic.quic.configuration import QuicConfiguration
+from aioquic.buffer import Buffer
 from aioquic.quic.connection import (
     END_STATES,
     NetworkAddress,
-    QuicConnection,
-    QuicConnectionId,
     QuicReceiveContext,
 )
 from aioquic.quic.packet import (
     QuicFrameType,
-    QuicPacketType,
-    pull_quic_transport_parameters,
-    push_quic_transport_parameters,
-)
-from aioquic.quic.packet_builder import (
-    PACKET_NUMBER_SEND_SIZE,
-    QuicDeliveryState,
-    QuicPacketBuilder,
-    QuicPacketBuilderStop,
 )
 
-from tunnel.path.network import Address, PathKey
+from tunnel.path.network import PathKey
 from tunnel.path.path import PathState
-from tunnel.quic.datagrams import Datapath, PullQueue
+from tunnel.quic.base import MAX_VALIDATION_TRIES, STAND_IN
 from tunnel.quic.events import MoveContested, PathFailed, PathValidated, PeerMoved
-from tunnel.quic.frames import copy_header, moves_nobody
-from tunnel.quic.keys import OneRttKeys
-from tunnel.quic.mutual_tls import KeyPredicate, PinnedContext
-from tunnel.quic.paths import START_MTU, NetworkPath
-from tunnel.quic.recovery import GRANULARITY, PathMetrics, Recovery
+from tunnel.quic.frames import moves_nobody
+from tunnel.quic.paths import ApparentMove, NetworkPath, Received
+from tunnel.quic.sender import SendingConnection
 
-DUPLICATE_WINDOW = 8192
-"""Packet numbers. aioquic's 128 are 32 ms at 4,000 packets a second: every late packet of the old
-path would be taken for a duplicate after a switch."""
-MAX_ACK_DELAY_MS = 5  # announced, and held: aioquic acknowledges after 1 ms
-MAX_PATHS = 32
-MAX_VALIDATION_TRIES = 5
 VALIDATION_PTOS = 3  # RFC 9000 section 8.2.4
-RESERVED_CIDS = 2
-PROBED_CID_LIFE = 5.0
-"""Seconds until the connection ID of a path that was only probed is given back."""
 CROSSING = 0.05
 """Seconds, beyond two round trips, in which a move of the peer to a path we know is taken for one
 that crossed ours: following it would make both ends swap paths for ever."""
-RETIRE_PTOS = 3
-"""A connection ID lives this many PTO after its path was left, for packets still in flight."""
 APPARENT_MEMORY = 30.0
 """Seconds after a settled apparent move in which signs of life of the old address undo it."""
 CONTEST_BACKOFF = 0.25
 """Seconds in which an address whose move was taken back is not followed, doubled each time. Short
 at first: a host that hurries from one network to another and back looks the same."""
 CONTEST_BACKOFF_LIMIT = 60.0
-MAX_COPIES_PER_FLUSH = 64
-SMALLEST_PROBE = 60  # bytes of a packet with a challenge and a response
-MTU_PROBE_TRIES = 2
-BLACK_HOLE_LOSSES = 6
-"""Large packets lost in a row, none acknowledged, that make the path's MTU suspect."""
-LINK_MTU = {4: 1500 - 28, 6: 1500 - 48}  # UDP payload of an Ethernet frame
-
-AEAD_TAG_SIZE = 16  # RFC 9001 section 5.3, all cipher suites
-COPY_OVERHEAD = 9  # its kind, and a root of up to eight bytes
-DATAGRAM_OVERHEAD = 3  # frame type, and a length of two bytes
-
-_STAND_IN = "peer"  # the one address aioquic ever sees
 
 
-@dataclass
-class _ApparentMove:
-    old: NetworkPath
-    new: NetworkPath
-    first_number: int
-    deadline: float  # of validation (RFC 9000 section 8.2.4)
-    rival: NetworkPath | None = None
-    """A third address from which the packets of the move came too."""
-    validated_at: float | None = None
-    settled: bool = False
-
-
-@dataclass
-class _Received:
-    """What is learnt of the 1-RTT packet in a datagram while aioquic works on it."""
-
-    path: NetworkPath
-    number: int | None = None  # set when the packet is authentic
-    host_cid: bytes | None = None
-    processed: bool = False  # not a duplicate
-    moving: bool = False
-
-
-class PeerConnection(QuicConnection):
-    """A QUIC connection between two pinned keys, over whatever path is best now.
-
-    `path` is where the first packets go or came from. `accepts` judges the peer's public key.
-    `reset_token` maps a connection ID to its stateless reset token (RFC 9000 section 10.3.2).
-    `initial_token` maps the first destination connection ID to the token of our first Initial.
-    """
-
-    def __init__(
-        self,
-        *,
-        configuration: QuicConfiguration,
-        path: PathKey,
-        accepts: KeyPredicate,
-        reset_token: Callable[[bytes], bytes],
-        initial_token: Callable[[bytes], bytes] | None = None,
-        original_destination_connection_id: bytes | None = None,
-        retry_source_connection_id: bytes | None = None,
-        max_packets_per_key: int | None = None,
-    ) -> None:
-        super().__init__(
-            configuration=configuration,
-            original_destination_connection_id=original_destination_connection_id,
-            retry_source_connection_id=retry_source_connection_id,
-        )
-        self._accepts = accepts
-        self._reset_token = reset_token
-        self._now = 0.0
-        self.heard_at: float | None = None
-        """When the last authentic packet came in, on any path."""
-        self.dial_paths: list[PathKey] = [path] if configuration.is_client else []
-        self._first_flight: list[bytes] = []
-        self._late_flight: list[tuple[bytes, NetworkAddress]] = []
-        self._established = False
-        self._datapath: Datapath | None = None
-        self._keys = OneRttKeys(on_opened=self._on_opened)
-        if max_packets_per_key is not None:
-            self._keys.max_packets = max_packets_per_key
-        self._forget_keys_at: float | None = None
-
-        self._paths: dict[PathKey, NetworkPath] = {}
-        self.active = self._paths[path] = NetworkPath(path, self._new_metrics())
-        self._retiring: list[tuple[float, QuicConnectionId]] = []  # replaced on a path in use
-        self._apparent: _ApparentMove | None = None
-        self._largest_moving = -1
-        self._peer_path = self.active
-        """Where the peer's newest packet that means to move came from."""
-        self._settled_in_at = 0.0
-        self._sent_copies: list[tuple[int, bytes]] = []
-        self._datagram_in_packet = -1
-        self.counters = {
-            "duplicates": 0,
-            "cid_shortages": 0,
-            "moves_contested": 0,
-            "copies_sent": 0,
-            "key_updates": 0,
-        }
-
-        self._rx = _Received(self.active)
-
-        self._recovery = Recovery(
-            first=self.active.metrics,
-            peer_completed_address_validation=not self._is_client,
-            send_probe=self._send_probe,
-            on_acknowledged=self._keys.on_acknowledged,
-            logger=self._logger,
-            quic_logger=self._quic_logger,
-        )
-        self._loss = cast(Any, self._recovery)
-        first = self._host_cids[0]
-        if not self._is_client:
-            first.stateless_reset_token = reset_token(first.cid)
-        if initial_token is not None:
-            self._peer_token = initial_token(self._peer_cid.cid)
-        # The control stream is all there is: the acceptor takes one stream, the dialler none.
-        streams = 0 if self._is_client else 1
-        self._local_max_streams_bidi.value = self._local_max_streams_bidi.sent = streams
-        self._local_max_streams_uni.value = self._local_max_streams_uni.sent = 0
+class PeerConnection(SendingConnection):
+    """A QUIC connection between two pinned keys in which either end may move."""
 
     # what the owner calls
-
-    def dial(self, now: float) -> None:
-        """Begin the handshake (client only)."""
-        self._now = now
-        self.connect(_STAND_IN, now)
-
-    def add_dial_path(self, key: PathKey) -> None:
-        """Also try this path while nothing was heard yet; the first flight leaves on it too."""
-        if self.heard_at is None and key not in self.dial_paths:
-            self.dial_paths.append(key)
-            self._late_flight += [(data, key) for data in self._first_flight]
-
-    def attach(self, datapath: Datapath) -> None:
-        """Connect the data path: from here on it is pulled from and fed."""
-        self._datapath = datapath
-        self._datagrams_pending = cast(Any, PullQueue(datapath))
-
-    def detach(self) -> None:
-        """Take the data path away again (another connection carries on)."""
-        self._datapath = None
-        self._datagrams_pending = deque()
 
     def move(self, key: PathKey, now: float) -> None:
         """Send on this path from the next packet on; the move is ours and we know it."""
@@ -255,67 +94,7 @@ class PeerConnection(QuicConnection):
                 self._challenge(self.active)
             self._probe_pending = True
 
-    def shrink(self, key: PathKey) -> None:
-        """A datagram was too large for the link of this path (EMSGSIZE)."""
-        path = self._paths.get(key)
-        if path is not None:
-            path.mtu = START_MTU
-            path.mtu_probes = 0
-            path.metrics.large_lost = 0
-
-    def nudge(self) -> None:
-        """Send something that must be acknowledged, with the next packets."""
-        if self.is_open:
-            self._probe_pending = True
-
-    def paths(self) -> list[NetworkPath]:
-        """All known paths, the active one first."""
-        return [self.active] + [p for p in self._paths.values() if p is not self.active]
-
-    @property
-    def is_client(self) -> bool:
-        return self._is_client
-
-    @property
-    def is_open(self) -> bool:
-        """Handshake confirmed and not closing."""
-        return self._established and self._state not in END_STATES and not self._close_pending
-
-    @property
-    def is_closed(self) -> bool:
-        return self._state in END_STATES
-
-    @property
-    def max_ack_delay(self) -> float:
-        return self._recovery.max_ack_delay
-
-    @property
-    def proven_remote(self) -> Address:
-        """The peer's address that we trust most: not that of a move that is still checked."""
-        if self._apparent is not None and not self._apparent.settled:
-            return self._apparent.old.addr.remote
-        return self.active.addr.remote
-
-    @property
-    def settling(self) -> bool:
-        """Whether an apparent move of the peer is still being checked."""
-        return self._apparent is not None and not self._apparent.settled
-
-    @property
-    def peer_key(self) -> bytes | None:
-        """The raw public key the peer has proved to hold; None before that."""
-        context = getattr(self, "tls", None)
-        return context.peer_key if isinstance(context, PinnedContext) else None
-
-    def peer_reset_tokens(self) -> set[bytes]:
-        """Tokens that, at the end of an otherwise unreadable datagram, mean: the peer is reset."""
-        held = [self._peer_cid, *(p.peer_cid for p in self._paths.values())]
-        return {cid.stateless_reset_token for cid in held if cid and cid.stateless_reset_token}
-
-    def host_cids(self) -> list[bytes]:
-        return [cid.cid for cid in self._host_cids]
-
-    # the five verbs
+    # aioquic's verbs
 
     def receive_datagram(self, data: bytes, addr: NetworkAddress, now: float) -> None:
         key = cast(PathKey, addr)
@@ -325,9 +104,9 @@ class PeerConnection(QuicConnection):
             path.address_validated = self._knows_address(path)
         path.bytes_received += len(data)
         self._now = now
-        self._rx = _Received(path)
+        self._rx = Received(path)
         self._recovery.arriving = path.metrics
-        super().receive_datagram(data, _STAND_IN, now)
+        super().receive_datagram(data, STAND_IN, now)
         if self._state in END_STATES:
             return
         if not self._established:
@@ -335,32 +114,6 @@ class PeerConnection(QuicConnection):
                 self._adopt_handshake_path(path, now)
         elif self._rx.number is not None:
             self._packet_opened(path, self._rx.number, now)
-
-    def datagrams_to_send(self, now: float) -> list[tuple[bytes, NetworkAddress]]:
-        self._now = now
-        if self._state in END_STATES or not self._network_paths:
-            return []
-        if not self._established or self._close_pending:
-            return self._handshake_datagrams(now)
-        if self._keys.wants_update:
-            self._keys.update_key()
-        self._watch_key_updates(now)
-        self._sent_copies = []
-        space = self._spaces[tls.Epoch.ONE_RTT]
-        if space.ack_at is not None and space.ack_at <= now:
-            space.ack_at = now - GRANULARITY  # due now is not late enough for aioquic's pacing
-        if self.active.mtu > START_MTU and self.active.metrics.large_lost >= BLACK_HOLE_LOSSES:
-            # RFC 8899 section 4.3. The probe that follows at once gives the size back if not.
-            self.shrink(self.active.addr)
-        out = self._active_datagrams(now)
-        if self._apparent is not None and not self._apparent.settled:
-            out += self._copy_datagrams(self._apparent.old, now)
-        for path in list(self._paths.values()):
-            if path is not self.active and (path.remote_challenges or self._challenge_ready(path)):
-                out += self._probe_datagrams(path, now)
-        if self._mtu_probe_ready(self.active):
-            out += self._mtu_probe(self.active, now)
-        return out
 
     def get_timer(self) -> float | None:
         if not self._established or self._state in END_STATES or not self._network_paths:
@@ -415,15 +168,6 @@ class PeerConnection(QuicConnection):
 
     # receiving
 
-    def _initialize(self, peer_cid: bytes) -> None:
-        super()._initialize(peer_cid)
-        PinnedContext.adopt(self.tls, is_client=self._is_client, accepts=self._accepts)
-        self._cryptos[tls.Epoch.ONE_RTT] = self._keys
-        self._spaces[tls.Epoch.ONE_RTT].received_packets._size = DUPLICATE_WINDOW
-
-    def _on_opened(self, packet_number: int) -> None:
-        self._rx.number = packet_number
-
     def _payload_received(
         self, context: QuicReceiveContext, plain: bytes, crypto_frame_required: bool = False
     ) -> tuple[bool, bool]:
@@ -438,19 +182,6 @@ class PeerConnection(QuicConnection):
         self._rx.moving = not probing and not moves_nobody(plain)
         # aioquic is told that every packet only probes, so that it leaves paths alone.
         return ack_eliciting, True
-
-    def _adopt_handshake_path(self, path: NetworkPath, now: float) -> None:
-        """Until the handshake is confirmed, the newest authentic packet says where to answer."""
-        if path is not self.active:
-            path.metrics = self.active.metrics
-            self.active = path
-            self._paths = {path.addr: path}
-        if self._handshake_confirmed:
-            self._established = True
-            path.state = PathState.VALIDATED
-            path.address_validated = True
-            path.peer_cid = self._peer_cid
-            path.used_at = now
 
     def _packet_opened(self, path: NetworkPath, number: int, now: float) -> None:
         self.heard_at = now
@@ -514,7 +245,7 @@ class PeerConnection(QuicConnection):
                 proven.metrics.probe_timeout(self.max_ack_delay),
                 2 * self._configuration.initial_rtt,
             )
-            self._apparent = _ApparentMove(proven, path, number, now + VALIDATION_PTOS * patience)
+            self._apparent = ApparentMove(proven, path, number, now + VALIDATION_PTOS * patience)
             if proven.state is not PathState.GONE:
                 self._challenge(proven)
         path.awaiting_peer_cid = rebinding
@@ -549,7 +280,7 @@ class PeerConnection(QuicConnection):
             apparent.rival = path
             self._challenge(path)
 
-    def _contest(self, apparent: _ApparentMove, now: float) -> None:
+    def _contest(self, apparent: ApparentMove, now: float) -> None:
         """The old address still speaks: whoever is at the new one only forwards."""
         refused = apparent.new
         contests = refused.contests + 1
@@ -566,6 +297,8 @@ class PeerConnection(QuicConnection):
         self._apparent = None
         self._switch(apparent.old, now, challenge=apparent.old.state is not PathState.VALIDATED)
         self._events.append(MoveContested(refused.addr, apparent.old.addr))
+
+    # frames
 
     def _handle_datagram_frame(
         self, context: QuicReceiveContext, frame_type: int, buf: Buffer
@@ -633,169 +366,11 @@ class PeerConnection(QuicConnection):
                 self._switch(path, now, challenge=False)
         self._events.append(PathValidated(path.addr, rtt))
 
-    def _handle_new_connection_id_frame(
-        self, context: QuicReceiveContext, frame_type: int, buf: Buffer
-    ) -> None:
-        super()._handle_new_connection_id_frame(context, frame_type, buf)
-        if not self._established:
-            return
-        if self.active.peer_cid is not None:
-            self.active.peer_cid = self._peer_cid
-        # What the peer wants back (aioquic knows nothing of these) is due at once.
-        self._retiring = [
-            (context.time if cid.sequence_number < self._peer_retire_prior_to else at, cid)
-            for at, cid in self._retiring
-        ]
-        for path in self._paths.values():
-            cid = path.peer_cid
-            if (
-                path is not self.active
-                and cid is not None
-                and cid.sequence_number < self._peer_retire_prior_to
-            ):
-                self._retire_peer_cid(cid)
-                path.peer_cid = None
-
-    # connection IDs
-
-    def _replenish_connection_ids(self) -> None:
-        super()._replenish_connection_ids()
-        for cid in self._host_cids:
-            if not cid.was_sent:
-                cid.stateless_reset_token = self._reset_token(cid.cid)
-
-    def _take_cid(self, path: NetworkPath) -> bool:
-        """Give the path a connection ID of its own, if it has none and one is left.
-
-        Questions about other paths leave some for moves.
-        """
-        reserve = 0 if path is self.active or path.remote_challenges else RESERVED_CIDS
-        if path.peer_cid is None and len(self._peer_cid_available) <= reserve:
-            self.counters["cid_shortages"] += path is self.active
-            return False
-        cid = path.peer_cid or self._peer_cid_available.pop(0)
-        path.peer_cid = cid
-        if path is self.active:
-            self._peer_cid = cid
-            self._spin_bit = False  # RFC 9000 section 17.4
-        return True
-
-    def _renew_cid(self, path: NetworkPath) -> None:
-        old, path.peer_cid = path.peer_cid, None
-        if not self._take_cid(path):
-            path.peer_cid = old
-            return
-        if old is not None:
-            self._retiring.append((self._retire_time(path), old))
-        self._probe_pending = True  # say so at once: the peer waits for the new one
-
-    def _leave_path(self, path: NetworkPath) -> None:
-        path.retire_at = self._retire_time(path)
-
-    def _retire_time(self, path: NetworkPath) -> float:
-        """Until when packets sent on this path may still be on their way."""
-        pto = max(
-            path.metrics.probe_timeout(self.max_ack_delay),
-            self.active.metrics.probe_timeout(self.max_ack_delay),
-        )
-        return self._now + RETIRE_PTOS * pto
-
-    def _retire_path(self, path: NetworkPath) -> None:
-        path.retire_at = None
-        if path is self.active:
-            return
-        path.challenge_due = False
-        if path.state is PathState.PROBING:
-            path.advance(PathState.FAILED)
-        if path.peer_cid is self._peer_cid:
-            self.active.peer_cid = path.peer_cid  # borrowed when there was no other left
-        elif path.peer_cid is not None:
-            self._retire_peer_cid(path.peer_cid)
-        path.peer_cid = None
-        self._recovery.requeue_frames(path.metrics)
-        path.metrics.sent.clear()
-        path.metrics.outstanding = path.metrics.outstanding_handshake = 0
-        path.metrics.cc.bytes_in_flight = 0
-        path.metrics.waiting_since = path.metrics.loss_time = None
-
-    # paths
+    # apparent moves
 
     def _settle_in(self, now: float) -> None:
         rtt = self.active.metrics.rtt_smoothed or self._configuration.initial_rtt
         self._settled_in_at = now + 2 * rtt + CROSSING
-
-    def _new_metrics(self) -> PathMetrics:
-        metrics = PathMetrics(
-            max_datagram_size=START_MTU, initial_rtt=self._configuration.initial_rtt
-        )
-        if self._paths and self.active.metrics.has_rtt:
-            # A challenge on a path never measured is repeated in the rhythm of the last one.
-            metrics.initial_rtt = max(self.active.metrics.rtt_smoothed, 0.01)
-        return metrics
-
-    def _path(self, key: PathKey) -> NetworkPath:
-        path = self._paths.get(key)
-        if path is None:
-            path = NetworkPath(key, self._new_metrics())
-            path.address_validated = self._knows_address(path)
-            for other in self._paths.values():
-                if other.addr.remote == key.remote and not path.address_validated:
-                    # The 3x credit belongs to the remote address.
-                    path.bytes_received = max(path.bytes_received, other.bytes_received)
-                    path.bytes_sent = max(path.bytes_sent, other.bytes_sent)
-            self._register(path)
-        return path
-
-    def _register(self, path: NetworkPath) -> None:
-        if len(self._paths) >= MAX_PATHS:
-            kept = {self.active.addr}
-            if self._apparent is not None:
-                kept |= {self._apparent.old.addr, self._apparent.new.addr}
-            spare = [p for p in self._paths.values() if p.addr not in kept]
-            victim = min(spare, key=lambda p: (p.state is PathState.VALIDATED, p.used_at))
-            self._retire_path(victim)
-            self._recovery.forget(victim.metrics)
-            del self._paths[victim.addr]
-        path.used_at = self._now
-        self._paths[path.addr] = path
-        if path.metrics not in self._recovery.paths:
-            self._recovery.paths.append(path.metrics)
-
-    def _knows_address(self, path: NetworkPath) -> bool:
-        return any(
-            p.address_validated and p.addr.remote == path.addr.remote for p in self._paths.values()
-        )
-
-    def _switch(self, path: NetworkPath, now: float, *, challenge: bool) -> None:
-        old = self.active
-        if path is old:
-            return
-        path.retire_at = None
-        path.used_at = now
-        self.active = path
-        self._take_cid(path)
-        self._recovery.active = self._recovery.sending = path.metrics
-        self._recovery.pto_count = 0
-        self._recovery.requeue_frames(old.metrics)
-        self._leave_path(old)
-        if challenge:
-            self._challenge(path)
-        self._probe_pending = True  # something ack-eliciting leaves at once
-
-    def _challenge(self, path: NetworkPath) -> None:
-        path.advance(PathState.PROBING)
-        path.challenge_due = True
-        path.local_challenge_sent = False
-        path.challenge_count = 0
-
-    def _challenge_ready(self, path: NetworkPath) -> bool:
-        return path.challenge_due and not path.local_challenge_sent
-
-    def _challenge_retry_at(self, path: NetworkPath) -> float:
-        interval = path.metrics.probe_timeout(self.max_ack_delay) * (
-            1 << max(0, path.challenge_count - 1)
-        )
-        return path.challenged_at + min(interval, 1.0)
 
     def _challenge_unanswered(self, path: NetworkPath, now: float) -> None:
         if path.challenge_count < MAX_VALIDATION_TRIES:
@@ -834,218 +409,3 @@ class PeerConnection(QuicConnection):
         else:  # nobody answered there: back to the last proven address (RFC 9000 section 9.3.2)
             self._apparent = None
             self._switch(apparent.old, now, challenge=True)
-
-    def _on_path_challenge_delivery(self, delivery: QuicDeliveryState, network_path: Any) -> None:
-        if (
-            delivery is not QuicDeliveryState.ACKED
-            and network_path is self.active  # elsewhere the retry timer asks again
-            and network_path.challenge_due
-            and network_path.challenge_count < MAX_VALIDATION_TRIES
-        ):
-            network_path.local_challenge_sent = False
-
-    def _write_path_challenge_frame(self, builder: QuicPacketBuilder, network_path: Any) -> None:
-        super()._write_path_challenge_frame(builder, network_path)
-        network_path.challenged_at = self._now
-        network_path.challenge_times.append(self._now)
-        network_path.challenge_count += 1
-
-    # sending
-
-    def _serialize_transport_parameters(self) -> bytes:
-        parameters = pull_quic_transport_parameters(
-            Buffer(data=super()._serialize_transport_parameters())
-        )
-        parameters.max_ack_delay = MAX_ACK_DELAY_MS
-        buf = Buffer(capacity=1024)
-        push_quic_transport_parameters(buf, parameters)
-        return buf.data
-
-    def _handshake_datagrams(self, now: float) -> list[tuple[bytes, NetworkAddress]]:
-        if self._established:
-            self._network_paths[0].is_validated = True
-        datagrams = [data for data, _ in super().datagrams_to_send(now)]
-        if self._is_client and self.heard_at is None:
-            self._first_flight = (self._first_flight + datagrams)[-4:]
-            out, self._late_flight = self._late_flight, []
-            return out + [(data, key) for key in self.dial_paths for data in datagrams]
-        self.active.bytes_sent += sum(map(len, datagrams))
-        return [(data, self.active.addr) for data in datagrams]
-
-    def _builder(self, path: NetworkPath, size: int) -> QuicPacketBuilder:
-        cid = path.peer_cid or self._peer_cid
-        return QuicPacketBuilder(
-            host_cid=self.host_cid,
-            is_client=self._is_client,
-            max_datagram_size=size,
-            packet_number=self._packet_number,
-            peer_cid=cid.cid,
-            quic_logger=self._quic_logger,
-            spin_bit=self._spin_bit,
-            version=cast(int, self._version),
-        )
-
-    def _flush(
-        self, builder: QuicPacketBuilder, path: NetworkPath, now: float
-    ) -> list[tuple[bytes, NetworkAddress]]:
-        cid = path.peer_cid or self._peer_cid
-        self._recovery.sending = path.metrics
-        try:
-            return self._flush_builder(
-                builder=builder, network_path=cast(Any, path), peer_cid=cid.cid, now=now
-            )
-        finally:
-            self._recovery.sending = self.active.metrics
-
-    def _active_datagrams(self, now: float) -> list[tuple[bytes, NetworkAddress]]:
-        path = self.active
-        if path.peer_cid is None:
-            self._take_cid(path)
-        self._pacing_at = None
-        asks = not path.is_validated and not path.local_challenge_sent
-        answers = bool(path.remote_challenges)
-        builder = self._builder(path, path.mtu)
-        flight = path.metrics.cc.congestion_window - path.metrics.cc.bytes_in_flight
-        if (self._probe_pending or asks or answers) and flight < path.mtu:
-            flight = path.mtu  # probes may exceed the window (RFC 9002 section 7)
-        builder.max_flight_bytes = flight
-        builder.max_total_bytes = path.sendable()
-        self._datagram_in_packet = -1
-        with suppress(QuicPacketBuilderStop):
-            self._write_application(builder, cast(Any, path), now)
-        out = self._flush(builder, path, now)
-        if asks and path.local_challenge_sent and out:
-            path.challenge_padded = len(out[0][0]) >= START_MTU
-        return out
-
-    def _probe_datagrams(self, path: NetworkPath, now: float) -> list[tuple[bytes, NetworkAddress]]:
-        room = path.sendable()
-        if room is not None and room < SMALLEST_PROBE:
-            return []
-        if path.state is PathState.GONE or not self._take_cid(path):
-            path.remote_challenges.clear()
-            return []
-        builder = self._builder(path, START_MTU)
-        builder.max_total_bytes = room
-        asks = self._challenge_ready(path)
-        try:
-            builder.start_packet(QuicPacketType.ONE_RTT, self._keys)
-            if asks:
-                self._write_path_challenge_frame(builder, path)
-            while path.remote_challenges:
-                self._write_path_response_frame(builder, path.remote_challenges[0])
-                path.remote_challenges.popleft()
-        except QuicPacketBuilderStop:
-            pass
-        out = self._flush(builder, path, now)
-        if asks:
-            path.challenge_padded = bool(out) and len(out[0][0]) >= START_MTU
-        if path.retire_at is None:
-            # An ID taken for a probe goes back when nothing comes of it.
-            path.retire_at = now + PROBED_CID_LIFE
-        return out
-
-    def _copy_datagrams(self, path: NetworkPath, now: float) -> list[tuple[bytes, NetworkAddress]]:
-        """Second ways of what was just sent; copy packets move nobody."""
-        out: list[tuple[bytes, NetworkAddress]] = []
-        if path.peer_cid is None:
-            return out
-        for root, payload in self._sent_copies[:MAX_COPIES_PER_FLUSH]:
-            builder = self._builder(path, path.mtu)
-            cc = path.metrics.cc
-            builder.max_flight_bytes = cc.congestion_window - cc.bytes_in_flight
-            builder.max_total_bytes = path.sendable()
-            head = copy_header(root)
-            length = len(head) + len(payload)
-            try:
-                builder.start_packet(QuicPacketType.ONE_RTT, self._keys)
-                buf = builder.start_frame(
-                    QuicFrameType.DATAGRAM_WITH_LENGTH,
-                    capacity=1 + size_uint_var(length) + length,
-                )
-            except QuicPacketBuilderStop:
-                break
-            buf.push_uint_var(length)
-            buf.push_bytes(head)
-            buf.push_bytes(payload)
-            self.counters["copies_sent"] += 1
-            out += self._flush(builder, path, now)
-        return out
-
-    def _write_datagram_frame(
-        self, builder: QuicPacketBuilder, data: bytes, frame_type: QuicFrameType
-    ) -> bool:
-        if self._datapath is None or self._datagram_in_packet == builder.packet_number:
-            raise QuicPacketBuilderStop  # one datagram a packet: a packet number names it
-        # Cut for a packet of its own on this path: a window that is nearly full, or frames already
-        # in the packet, must not split a datagram needlessly.
-        header = 1 + len(self._peer_cid.cid) + PACKET_NUMBER_SEND_SIZE
-        whole = self.active.mtu - header - AEAD_TAG_SIZE - DATAGRAM_OVERHEAD
-        if self.settling:
-            whole -= COPY_OVERHEAD  # so that a copy of it fits the old path as well
-        payload = self._datapath.next_datagram(whole, self._now)
-        room = min(builder.remaining_buffer_space, builder.remaining_flight_space)
-        if payload is None or len(payload) + DATAGRAM_OVERHEAD > room:
-            raise QuicPacketBuilderStop
-        length = len(payload)
-        buf = builder.start_frame(frame_type, capacity=1 + size_uint_var(length) + length)
-        buf.push_uint_var(length)
-        buf.push_bytes(payload)
-        if self._quic_logger is not None and builder.quic_logger_frames is not None:
-            builder.quic_logger_frames.append(
-                self._quic_logger.encode_datagram_frame(length=length)
-            )
-        self._datagram_in_packet = builder.packet_number
-        self._datapath.sent(builder.packet_number, self._now)
-        if self._apparent is not None and not self._apparent.settled:
-            self._sent_copies.append((builder.packet_number, payload))
-        return True
-
-    # path MTU
-
-    def _mtu_probe_ready(self, path: NetworkPath) -> bool:
-        return (
-            path.state is PathState.VALIDATED
-            and path.mtu == START_MTU
-            and path.mtu_probes < MTU_PROBE_TRIES
-            and not path.mtu_probe_in_flight
-        )
-
-    def _mtu_probe(self, path: NetworkPath, now: float) -> list[tuple[bytes, NetworkAddress]]:
-        size = LINK_MTU[6 if ":" in path.addr.remote.host else 4]
-        builder = self._builder(path, size)
-        path.mtu_probes += 1
-        try:
-            builder.start_packet(QuicPacketType.ONE_RTT, self._keys)
-            buf = builder.start_frame(
-                QuicFrameType.PING, handler=self._on_mtu_probe_delivery, handler_args=(path, size)
-            )
-        except QuicPacketBuilderStop:
-            return []
-        buf.push_bytes(bytes(builder.remaining_buffer_space))  # PADDING frames
-        path.mtu_probe_in_flight = True
-        number = builder.packet_number
-        out = self._flush(builder, path, now)
-        entry = path.metrics.sent.get(number)
-        if entry is not None:
-            # The loss of a probe says nothing about congestion (RFC 8899 section 3).
-            path.metrics.cc.on_packets_expired(packets=[entry.packet])
-            entry.packet.in_flight = False
-        return out
-
-    def _on_mtu_probe_delivery(
-        self, delivery: QuicDeliveryState, path: NetworkPath, size: int
-    ) -> None:
-        path.mtu_probe_in_flight = False
-        if delivery is QuicDeliveryState.ACKED:
-            path.mtu = size
-
-    # keys
-
-    def _watch_key_updates(self, now: float) -> None:
-        """Old read keys go 3 PTO after the peer was heard with the new ones, not before."""
-        if self._keys.updates != self.counters["key_updates"]:
-            self.counters["key_updates"] = self._keys.updates
-            self._forget_keys_at = None
-        if self._forget_keys_at is None and self._keys.update_is_mutual:
-            self._forget_keys_at = now + RETIRE_PTOS * self._recovery.get_probe_timeout()

@@ -1,6 +1,7 @@
 """One network path as the connection sees it: identifiers, validation, the 3x limit, metrics."""
 
 from collections import deque
+from dataclasses import dataclass
 
 from aioquic.quic.connection import QuicConnectionId
 
@@ -71,3 +72,29 @@ class NetworkPath:
         if self.address_validated or self.invited:
             return None
         return max(0, AMPLIFICATION_FACTOR * self.bytes_received - self.bytes_sent)
+
+
+@dataclass
+class ApparentMove:
+    """A move of the peer to an address nobody has proved yet (RFC 9000 section 9.3)."""
+
+    old: NetworkPath
+    new: NetworkPath
+    first_number: int
+    """Of the packet that came from the new address first."""
+    deadline: float  # of validation (RFC 9000 section 8.2.4)
+    rival: NetworkPath | None = None
+    """A third address from which the packets of the move came too."""
+    validated_at: float | None = None
+    settled: bool = False
+
+
+@dataclass
+class Received:
+    """What is learnt of the 1-RTT packet in a datagram while aioquic works on it."""
+
+    path: NetworkPath
+    number: int | None = None  # set when the packet is authentic
+    host_cid: bytes | None = None
+    processed: bool = False  # not a duplicate
+    moving: bool = False
