@@ -359,6 +359,27 @@ def test_interface_flaps() -> None:
     pair.finish()
 
 
+@pytest.mark.parametrize("mover", ["a", "b"])
+@pytest.mark.parametrize("away", [0.2, 2.5, 8.0])
+def test_connection_ids_come_to_rest(mover: str, away: float) -> None:
+    """Away and back to a path known before: neither end answers the other's answer for ever."""
+    uplinks = {"a": [a_eth(), a_wlan()], "b": [b_eth(), b_wlan()]}
+    pair = running(a=uplinks["a"], b=uplinks["b"])
+    world = pair.world
+    uplink = world.hosts[mover].uplinks[0]
+    after(pair, lambda: world.link(mover, uplink, up=False), away)
+    after(pair, lambda: world.link(mover, uplink, up=True), 1.5)
+
+    def sequence_numbers() -> list[int | None]:
+        sessions = [next(iter(h.node.peers.values())).session for h in world.hosts.values()]
+        return [s.connection._peer_cid.sequence_number for s in sessions if s is not None]
+
+    rest = sequence_numbers()
+    world.run(2.0)
+    assert sequence_numbers() == rest
+    pair.finish()
+
+
 def test_send_fails_before_the_kernel_says_so() -> None:
     """The socket's error is known at once, the netlink message comes 200 ms later."""
     pair = running(a=[a_eth(), a_wlan()])

@@ -272,8 +272,10 @@ class PathConnection(QuicConnection):
         if path.peer_cid is None and len(self._peer_cid_available) <= reserve:
             self.counters["cid_shortages"] += path is self.active
             return False
-        cid = path.peer_cid or self._peer_cid_available.pop(0)
-        path.peer_cid = cid
+        if path.peer_cid is None:
+            path.peer_cid = self._peer_cid_available.pop(0)
+            path.cid_changed_at = self._now
+        cid = path.peer_cid
         if path is self.active:
             self._peer_cid = cid
             self._spin_bit = False  # RFC 9000 section 17.4

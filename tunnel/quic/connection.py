@@ -42,7 +42,8 @@ from tunnel.quic.sender import SendingConnection
 VALIDATION_PTOS = 3  # RFC 9000 section 8.2.4
 CROSSING = 0.05
 """Seconds, beyond two round trips, in which a move of the peer to a path we know is taken for one
-that crossed ours: following it would make both ends swap paths for ever."""
+that crossed ours, and a change of its connection ID for the answer to ours: following, or
+answering an answer, would never end."""
 APPARENT_MEMORY = 30.0
 """Seconds after a settled apparent move in which signs of life of the old address undo it."""
 CONTEST_BACKOFF = 0.25
@@ -205,9 +206,8 @@ class PeerConnection(SendingConnection):
         elif path.peer_cid is not None and path.host_cid is not None and host_cid != path.host_cid:
             # The peer changed its connection ID on a path we share: answer in kind, unless this
             # is the peer's answer to a change of ours.
-            if path.awaiting_peer_cid:
-                path.awaiting_peer_cid = False
-            else:
+            rtt = path.metrics.rtt_smoothed or path.metrics.initial_rtt
+            if now > path.cid_changed_at + 2 * rtt + CROSSING:
                 self._renew_cid(path)
         path.host_cid = host_cid
 
@@ -248,7 +248,6 @@ class PeerConnection(SendingConnection):
             self._apparent = ApparentMove(proven, path, number, now + VALIDATION_PTOS * patience)
             if proven.state is not PathState.GONE:
                 self._challenge(proven)
-        path.awaiting_peer_cid = rebinding
         # Tell the peer at once that its move was seen: it waits for this acknowledgement.
         self._spaces[tls.Epoch.ONE_RTT].ack_at = now
 

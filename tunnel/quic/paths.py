@@ -35,8 +35,8 @@ class NetworkPath:
         """The connection ID we send with on this path, and on no other."""
         self.host_cid: bytes | None = None
         """Our connection ID that the peer last used on this path."""
-        self.awaiting_peer_cid = False
-        """We changed our connection ID here and the peer has not yet answered by changing its."""
+        self.cid_changed_at = -1e9
+        """When our connection ID here changed last: the peer's change soon after is its answer."""
         self.retire_at: float | None = None
         self.used_at = 0.0
         self.address_validated = False
