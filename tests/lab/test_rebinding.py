@@ -154,4 +154,6 @@ def test_the_forwarding_attacker_never_keeps_the_flow(make_scenario: MakeScenari
         assert all(report.duplicated == 0 for report in reports.values())
         assert not session.closed()
     assert attacker not in scenario.pair.active_path("B")
-    assert scenario.pair.status("B")["peers"][0]["counters"]["moves_contested"] >= 1
+    # He did lure B, and B did come back: by the genuine copies, or, where the NAT held those up
+    # for long, because nothing was acknowledged to him.
+    assert any(attacker in record["to_path"] for record in scenario.pair.history("B"))
