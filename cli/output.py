@@ -81,9 +81,7 @@ def status(status: dict[str, Any]) -> RenderableType:
 
 def history(records: Iterable[dict[str, Any]]) -> RenderableType:
     """The ledger, oldest first: what set each move off, where to, and how long it took."""
-    table = _table(
-        "WHEN", "PEER", "WHY", "FROM", "TO", "DETECT", "SWITCH", "CONFIRM", "LOST", "REPLAYED"
-    )
+    table = _table("WHEN", "PEER", "WHY", "FROM", "TO", "DETECT", "SWITCH", "CONFIRM")
     for record in records:
         table.add_row(
             _when(record.get("wall_time")),
@@ -94,8 +92,6 @@ def history(records: Iterable[dict[str, Any]]) -> RenderableType:
             _milliseconds(record.get("detect_ms")),
             _milliseconds(record.get("switch_ms")),
             _milliseconds(record.get("confirm_ms")),
-            _plain(record.get("lost")),
-            _plain(record.get("replayed")),
         )
     return table if table.row_count else Text("no migration yet")
 

@@ -45,6 +45,7 @@ class Migration(msgspec.Struct, frozen=True, kw_only=True):
     detected: float
     switched: float
     confirmed: float | None = None
+    # Counted by the replay store, which does not exist yet: 0 until then, and shown to nobody.
     lost: int = 0
     """Datagrams given up for good."""
     replayed: int = 0

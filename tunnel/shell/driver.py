@@ -334,8 +334,6 @@ class Driver:
                     path_to=record.to_path,
                     detect_ms=record.detect_ms,
                     switch_ms=record.switch_ms,
-                    lost=record.lost,
-                    replayed=record.replayed,
                 )
 
     # ---- network ----
