@@ -1,366 +1,449 @@
-"""The data path of a peer: split to fit, delivered once, from nobody but the peer."""
+"""The binding of the native engine: what is delivered, what is refused, who outlives whom."""
 
 from __future__ import annotations
 
-import itertools
+import gc
+import random
+import weakref
+from ipaddress import ip_network
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from tunnel.datapath.engine import DELIVERED_WINDOW, Engine
-from tunnel.datapath.kinds import (
-    KIND_COPY,
-    KIND_PACKET,
-    KIND_PART,
-    decode_part,
-    encode_varint,
-    split,
-)
-from tunnel.datapath.queue import LOW_WATER_BYTES
-from tunnel.quic.paths import START_MTU
+from tests.unit.engine_pair import DATA_OVERHEAD, MTU, START, End, ends, varint
+from tests.unit.quic_pair import EVERYTHING, numbered, numbers
+from tunnel.datapath.engine import Datapath
+from tunnel.datapath.native.engine import Connection, Engine, Lane, Path
 
-SMALL_ROOM = 1170  # of a packet of 1,200 bytes
-LARGE_ROOM = 1442  # of one of 1,472 bytes
+PACKET, COPY, PART = b"\0", b"\1", b"\2"
 
 
-def engine() -> Engine:
-    made = Engine(lambda packet: True)
-    made.resume(0.0)
-    return made
+def datagram(payload: bytes, *, last: bool = False) -> bytes:
+    """A DATAGRAM frame (RFC 9221), without a length when it is the last one."""
+    return b"\x30" + payload if last else b"\x31" + varint(len(payload)) + payload
 
 
-def send_all(sender: Engine, room: int, *, number: int = 0) -> list[tuple[int, bytes]]:
-    out = []
-    while (payload := sender.next_datagram(room, 0.0)) is not None:
-        assert len(payload) <= room
-        sender.sent(number, 0.0)
-        out.append((number, payload))
-        number += 1
-    return out
+def part(identifier: int, offset: int, last: bool, data: bytes) -> bytes:
+    return PART + varint(identifier) + varint(offset) + bytes([last]) + data
 
 
-def packet_of(size: int, fill: int = 0) -> bytes:
-    return (b"E" + fill.to_bytes(4)).ljust(size, b".")
+def from_host(source: str, number: int = 1) -> bytes:
+    packet = bytearray(numbered(number))
+    packet[12:16] = bytes(map(int, source.split(".")))
+    return bytes(packet)
 
 
-def copy_of(root: int, payload: bytes) -> bytes:
-    return bytes((KIND_COPY,)) + encode_varint(root) + payload
+def hand(near: End, far: End, number: int, *payloads: bytes, now: float = START) -> list[bytes]:
+    frames = b"".join(datagram(payload) for payload in payloads)
+    return far.receive(near.craft(number, frames), now=now)
 
 
-# sending
+# what is delivered
 
 
-def test_a_packet_that_fits_goes_as_kind_0() -> None:
-    sender = engine()
-    sender.push(packet_of(SMALL_ROOM - 1), 0.0)
-    assert send_all(sender, SMALL_ROOM) == [(0, b"\0" + packet_of(SMALL_ROOM - 1))]
-    assert (sender.counters.sent, sender.counters.split) == (1, 0)
-    assert sender.counters.sent_bytes == SMALL_ROOM
+def test_packets_arrive_as_they_were_sent() -> None:
+    near, far = ends()
+    packets = [numbered(i, size) for i, size in enumerate([24, 40, 100, 1000, 1168])]
+    sent = near.send(*packets, now=START)
+    assert [len(data) for data in sent] == [len(p) + DATA_OVERHEAD for p in packets]
+    assert far.receive(*sent, now=START) == packets
+    assert near.lane.counters["tx_packets"] == far.lane.counters["rx_packets"] == 5
 
 
-def test_a_packet_that_does_not_fit_goes_in_parts() -> None:
-    sender, receiver = engine(), engine()
-    sender.push(packet_of(SMALL_ROOM), 0.0)
-    sent = send_all(sender, SMALL_ROOM)
-    assert [payload[0] for _, payload in sent] == [KIND_PART, KIND_PART]
-    assert (sender.counters.sent, sender.counters.split) == (1, 1)
-    for number, payload in reversed(sent):
-        receiver.received(number, payload, 0.0)
-    assert receiver.take_received() == [packet_of(SMALL_ROOM)]
+@pytest.mark.parametrize("last", [True, False])
+def test_both_forms_of_the_frame(last: bool) -> None:
+    near, far = ends()
+    data = near.craft(5, datagram(PACKET + numbered(3), last=last))
+    assert far.receive(data, now=START) == [numbered(3)]
 
 
-def test_the_same_payload_until_it_has_left() -> None:
-    sender = engine()
-    sender.push(packet_of(100, 1), 0.0)
-    sender.push(packet_of(100, 2), 0.0)
-    first = sender.next_datagram(LARGE_ROOM, 0.0)
-    assert sender.next_datagram(LARGE_ROOM, 0.0) == first
-    sender.sent(0, 0.0)
-    second = sender.next_datagram(LARGE_ROOM, 0.0)
-    assert second == b"\0" + packet_of(100, 2)
-    sender.sent(1, 0.0)
-    assert sender.next_datagram(LARGE_ROOM, 0.0) is None
-    assert not sender.has_pending
+def test_a_packet_comes_out_once_however_often_its_datagram_arrives() -> None:
+    near, far = ends()
+    sent = near.send(numbered(1), now=START)
+    assert far.receive(*3 * sent, now=START) == [numbered(1)]
+    assert far.connection.counters["duplicates"] == 2
 
 
-def test_a_packet_cut_for_a_large_path_is_cut_again_for_a_small_one() -> None:
-    sender, receiver = engine(), engine()
-    packet = packet_of(1420)
-    sender.push(packet, 0.0)
-    assert sender.next_datagram(LARGE_ROOM, 0.0) == b"\0" + packet
-    sent = send_all(sender, SMALL_ROOM)
-    assert [payload[0] for _, payload in sent] == [KIND_PART, KIND_PART]
-    for number, payload in sent:
-        receiver.received(number, payload, 0.0)
-    assert receiver.take_received() == [packet]
+@pytest.mark.parametrize("copy_first", [True, False])
+def test_of_a_datagram_and_its_copy_the_first_counts(copy_first: bool) -> None:
+    near, far = ends()
+    original, copy = PACKET + numbered(7), COPY + varint(10) + PACKET + numbered(7)
+    turns = [(11, copy), (10, original)] if copy_first else [(10, original), (11, copy)]
+    came = [hand(near, far, number, payload) for number, payload in turns]
+    assert came == [[numbered(7)], []]
+    assert hand(near, far, 12, copy) == []
+    counters = far.lane.counters
+    assert (counters["copies_received"], counters["copies_dropped"]) == (2, 2)
+    assert counters["malformed_datagrams"] == 0
 
 
-def test_no_room_at_all_offers_nothing_and_loses_nothing() -> None:
-    sender, receiver = engine(), engine()
-    packet = packet_of(1420)
-    sender.push(packet, 0.0)
-    assert sender.next_datagram(500, 0.0) is None
-    assert sender.has_pending
-    for number, payload in send_all(sender, SMALL_ROOM):
-        receiver.received(number, payload, 0.0)
-    assert receiver.take_received() == [packet]
+def test_a_number_names_one_datagram() -> None:
+    """A second one in the same packet is taken for a copy of the first (docs/protocol.md)."""
+    near, far = ends()
+    assert hand(near, far, 5, PACKET + numbered(1), PACKET + numbered(2)) == [numbered(1)]
+    assert far.lane.counters["copies_dropped"] == 1
 
 
-@given(
-    st.lists(st.integers(1, 4000), min_size=1, max_size=12),
-    st.lists(st.integers(1163, 1500), min_size=1, max_size=8),
-)
-def test_nothing_oversize_whatever_the_path_does(sizes: list[int], rooms: list[int]) -> None:
-    sender, receiver = engine(), engine()
-    packets = [packet_of(max(size, 5), i) for i, size in enumerate(sizes)]
-    for packet in packets:
-        sender.push(packet, 0.0)
-    turn = itertools.cycle(rooms)
-    number = 0
-    while sender.has_pending:
-        room = next(turn)
-        payload = sender.next_datagram(room, 0.0)
-        assert payload is not None and len(payload) <= room
-        if number % 3:  # sometimes asked twice, with another room
-            room = next(turn)
-            payload = sender.next_datagram(room, 0.0)
-            assert payload is not None and len(payload) <= room
-        sender.sent(number, 0.0)
-        receiver.received(number, payload, 0.0)
-        number += 1
-        assert number < 200
-    assert receiver.take_received() == packets
-    assert sender.counters.sent == receiver.counters.received == len(packets)
+@pytest.mark.parametrize("root", [20, 21, 2**62 - 1])
+def test_a_copy_of_what_left_later_is_refused(root: int) -> None:
+    near, far = ends()
+    assert hand(near, far, 20, COPY + varint(root) + PACKET + numbered(7)) == []
+    assert far.lane.counters["malformed_datagrams"] == 1
+    assert hand(near, far, 21, PACKET + numbered(8)) == [numbered(8)], "it took nobody's place"
 
 
-def test_parts_fit_the_smallest_path_even_as_copies() -> None:
-    overhead = 1 + 8 + 2 + 16 + 3  # short header, AEAD tag, DATAGRAM frame
-    tag = 1 + 8  # kind 1 and the largest root
-    assert max(len(p) for p in split(9999, bytes(65535))) + tag + overhead <= START_MTU
-
-
-def test_identifiers_differ() -> None:
-    sender = engine()
-    for fill in range(3):
-        sender.push(packet_of(1420, fill), 0.0)
-    found = [decode_part(payload).identifier for _, payload in send_all(sender, SMALL_ROOM)]
-    assert len(set(found)) == 3 and found[0] == found[1]
-
-
-# receiving
-
-
-def test_duplicates_and_copies_in_every_order_are_delivered_once() -> None:
-    payload = b"\0" + packet_of(50)
-    arrivals = [
-        (7, payload),
-        (9, copy_of(7, payload)),
-        (12, copy_of(7, payload)),
-        (12, copy_of(7, payload)),
-    ]
-    for order in itertools.permutations(arrivals):
-        receiver = engine()
-        for number, data in order:
-            receiver.received(number, data, 0.0)
-        assert receiver.take_received() == [packet_of(50)]
-        assert receiver.counters.copies_received == 3
-        assert receiver.counters.copies_dropped == 3
-
-
-def test_the_number_of_a_copy_names_nothing() -> None:
-    """A copy in packet 9 must not hide the datagram that first left in packet 9."""
-    receiver = engine()
-    receiver.received(9, copy_of(7, b"\0" + packet_of(50, 1)), 0.0)
-    receiver.received(9, b"\0" + packet_of(50, 2), 0.0)
-    assert receiver.take_received() == [packet_of(50, 1), packet_of(50, 2)]
-
-
-@given(st.randoms(use_true_random=False), st.integers(1, 6))
-def test_parts_and_their_copies_in_any_order(rng: object, count: int) -> None:
-    sender, receiver = engine(), engine()
-    packets = [packet_of(1300 + i, i) for i in range(count)]
-    for packet in packets:
-        sender.push(packet, 0.0)
-    sent = send_all(sender, SMALL_ROOM)
-    arrivals = sent + [(1000 + n, copy_of(n, payload)) for n, payload in sent] + sent
-    rng.shuffle(arrivals)  # type: ignore[attr-defined]
-    for number, payload in arrivals:
-        receiver.received(number, payload, 0.0)
-    assert sorted(receiver.take_received()) == sorted(packets)
-
-
-def test_the_window_slides_and_nothing_below_it_comes_twice() -> None:
-    receiver = engine()
-    arrived = list(range(DELIVERED_WINDOW + 1))
-    arrived.remove(5)
-    arrived.append(5)  # one packet is very late
-    arrived += range(DELIVERED_WINDOW + 1, 2 * DELIVERED_WINDOW + 10)
-    for number in arrived:
-        receiver.received(number, b"\0E", 0.0)
-    assert receiver.counters.received == len(arrived)
-    for root in range(0, 2 * DELIVERED_WINDOW + 10, 11):
-        receiver.received(100_000 + root, copy_of(root, b"\0E"), 0.0)
-    assert receiver.counters.received == len(arrived)
-
-
-def test_the_window_is_bounded_and_wide_enough() -> None:
-    receiver = engine()
-    for number in range(1, 5 * DELIVERED_WINDOW):
-        receiver.received(number, b"\0E", 0.0)
-    assert len(receiver._delivered) + len(receiver._delivered_before) <= 2 * DELIVERED_WINDOW
-    before = receiver.counters.received
-    late = 5 * DELIVERED_WINDOW - 1
-    receiver.received(late + 9, copy_of(late - DELIVERED_WINDOW + 2, b"\0E"), 0.0)
-    assert receiver.counters.received == before, "still remembered"
+def test_a_copy_of_a_copy_is_refused() -> None:
+    near, far = ends()
+    payload = COPY + varint(1) + COPY + varint(0) + PACKET + numbered(1)
+    assert hand(near, far, 5, payload) == []
+    assert far.lane.counters["malformed_datagrams"] == 1
 
 
 @pytest.mark.parametrize(
     "payload",
     [
         b"",
-        bytes((KIND_COPY,)),
-        bytes((KIND_COPY, 0x40)),
-        bytes((KIND_COPY, 5)),
-        bytes((KIND_PART, 1)),
-        bytes((KIND_PART, 1, 0, 2)) + b"x",
+        COPY,
+        COPY + b"\x40",
+        COPY + varint(1),
+        PART,
+        PART + varint(1),
+        part(1, 0, True, b""),
+        part(1, 65536, True, b"x"),
+        part(1, 65535, True, b"xy"),
+        PART + varint(1) + varint(0) + b"\x02" + numbered(1),
+        b"\x03" + numbered(1),
+        b"\xff",
     ],
 )
-def test_malformed_datagrams_are_counted(payload: bytes) -> None:
-    receiver = engine()
-    receiver.received(1, payload, 0.0)
-    assert receiver.take_received() == []
-    assert receiver.counters.malformed == 1
+def test_malformed_payloads_are_counted_and_nothing_else(payload: bytes) -> None:
+    near, far = ends()
+    assert hand(near, far, 5, payload) == []
+    assert far.lane.counters["malformed_datagrams"] == 1
+    assert far.error(START) is None, "a kind nobody knows is no reason to close"
+    assert hand(near, far, 6, PACKET + numbered(2)) == [numbered(2)]
 
 
-@pytest.mark.parametrize("kind", [3, 17, 63])
-def test_unknown_kinds_are_ignored(kind: int) -> None:
-    receiver = engine()
-    receiver.received(1, bytes((kind,)) + packet_of(50), 0.0)
-    assert receiver.take_received() == []
-    assert (receiver.counters.unknown_kind, receiver.counters.malformed) == (1, 0)
+@pytest.mark.parametrize(
+    "packet",
+    [
+        b"",
+        b"\x45",
+        numbered(1)[:-1],
+        numbered(1) + b"x",
+        bytes([0x44]) + numbered(1)[1:],
+        bytes([0x4F]) + numbered(1, 40)[1:],
+        bytes([0x55]) + numbered(1)[1:],
+        bytes([0x60]) + bytes(39 + 5),
+    ],
+)
+def test_what_is_no_ip_packet_is_refused(packet: bytes) -> None:
+    near, far = ends()
+    assert hand(near, far, 5, PACKET + packet) == []
+    assert far.lane.counters["refused_packets"] == 1
 
 
-def test_a_copy_of_a_copy_is_not_delivered() -> None:
-    receiver = engine()
-    receiver.received(1, copy_of(4, copy_of(5, b"\0" + packet_of(50))), 0.0)
-    assert receiver.take_received() == []
+@pytest.mark.parametrize(
+    ("frames", "code"),
+    [
+        (b"\x31", 7),
+        (b"\x31\x40", 7),
+        (b"\x31" + varint(10) + b"123456789", 7),
+        (b"\x31" + varint(2**62 - 1) + b"123456789", 7),
+        (b"", 10),
+    ],
+)
+def test_malformed_frames_close_the_connection(frames: bytes, code: int) -> None:
+    near, far = ends()
+    data = near.craft(5, frames)
+    if frames:
+        assert far.receive(data, now=START) == []
+        assert far.error(START) == code
+    else:  # RFC 9000 section 12.4: no frames at all; too short to be protected, even
+        far.receive(data, now=START)
+        assert far.error(START) in (code, None)
 
 
-@given(st.integers(0, 2**20), st.binary(max_size=60))
-def test_whatever_arrives_does_not_raise(number: int, payload: bytes) -> None:
-    receiver = engine()
-    receiver.received(number, payload, 0.0)
-    receiver.received(number + 1, payload, 0.0)
+@pytest.mark.parametrize("seed", range(5))
+def test_any_authentic_bytes_have_an_end(seed: int) -> None:
+    rng = random.Random(seed)
+    near, far = ends()
+    for number in range(400):
+        kind = rng.choice([b"\x30", b"\x31", b"\x02", b"\x03", b"", b"\x06"])
+        tail = bytes(
+            rng.choice([0, 1, 2, 3, 0x30, 0x31, 0x40, 0x80, 0xC0, 0xFF]) for _ in range(30)
+        )
+        payload = kind + (tail if rng.random() < 0.5 else rng.randbytes(rng.randrange(1, 900)))
+        far.receive(near.craft(number, payload), now=START + number / 1000)
+        far.reports(START)
+        far.engine.take_sealed()
+    assert far.path.in_flight >= 0
 
 
-@pytest.mark.parametrize("big", [False, True])
-def test_a_source_that_is_not_allowed_is_refused(big: bool) -> None:
-    seen: list[bytes] = []
-
-    def permits(packet: bytes) -> bool:
-        seen.append(packet)
-        return packet[1:5] == b"\0\0\0\1"
-
-    receiver = Engine(permits)
-    good, bad = packet_of(1400 if big else 60, 1), packet_of(1400 if big else 60, 2)
-    sender = engine()
-    for packet in (bad, good):
-        sender.push(packet, 0.0)
-    for number, payload in send_all(sender, SMALL_ROOM):
-        receiver.received(number, payload, 0.0)
-    assert seen == [bad, good]
-    assert receiver.take_received() == [good]
-    assert (receiver.counters.refused, receiver.counters.received) == (1, 1)
-    assert receiver.counters.received_bytes == len(good)
+# in parts
 
 
-# lifecycle
+@pytest.mark.parametrize("size", [MTU - DATA_OVERHEAD + 1, 1280, 1500, 9000, 65535])
+def test_a_packet_too_large_for_the_path_leaves_in_parts(size: int) -> None:
+    near, far = ends()
+    sent = near.send(numbered(4, size), now=START)
+    assert len(sent) == -(-size // 1150) and max(map(len, sent)) <= MTU
+    random.Random(size).shuffle(sent)
+    assert far.receive(*sent, now=START) == [numbered(4, size)]
+    assert near.lane.counters["split_packets"] == 1
+    assert (near.lane.counters["tx_packets"], far.lane.counters["rx_packets"]) == (1, 1)
 
 
-def test_paused_it_sends_nothing_and_goes_on_queueing() -> None:
-    sender = engine()
-    sender.pause()
-    sender.push(packet_of(60), 0.0)
-    assert (sender.has_pending, sender.paused) == (False, True)
-    sender.resume(1.0)
-    assert (sender.has_pending, sender.paused) == (True, False)
+def test_a_packet_with_a_part_missing_never_comes_out() -> None:
+    near, far = ends()
+    first, *rest = near.send(numbered(4, 3000), now=START)
+    assert far.receive(*rest, now=START) == []
+    assert far.receive(first, now=START) == [numbered(4, 3000)]
 
 
-def test_resuming_puts_the_newest_of_each_flow_first() -> None:
-    sender = engine()
-    sender.pause()
-    for number in range(3):
-        sender.push(flow_packet(1, number), 10.0)
-    sender.push(flow_packet(2, 0), 10.0)
-    sender.resume(10.1)
-    sent = [payload[1:] for _, payload in send_all(sender, SMALL_ROOM)]
-    assert sent == [
-        flow_packet(1, 1),
-        flow_packet(1, 2),
-        flow_packet(2, 0),
-        flow_packet(1, 0),
-    ]
+def test_parts_of_two_packets_do_not_mix() -> None:
+    near, far = ends()
+    one, two = numbered(1, 200), numbered(2, 200)
+    assert hand(near, far, 1, part(1, 0, False, one[:100])) == []
+    assert hand(near, far, 2, part(2, 100, True, two[100:])) == []
+    assert hand(near, far, 3, part(1, 100, True, one[100:])) == [one]
+    assert hand(near, far, 4, part(2, 0, False, two[:100])) == [two]
 
 
-def test_resuming_what_runs_changes_no_order() -> None:
-    sender = engine()
-    for number in range(4):
-        sender.push(flow_packet(1, number), 0.0)
-    sender.resume(100.0)
-    assert len(send_all(sender, SMALL_ROOM)) == 4
+def test_a_packet_in_parts_is_judged_whole() -> None:
+    near, far = ends(far=Datapath([[ip_network("10.0.0.0/8")]]))
+    packet = from_host("192.0.2.1")
+    assert hand(near, far, 1, part(1, 0, False, packet[:50])) == []
+    assert hand(near, far, 2, part(1, 50, True, packet[50:])) == []
+    assert far.lane.counters["refused_packets"] == 1
 
 
-def flow_packet(flow: int, number: int) -> bytes:
-    head = bytearray(20)
-    head[0], head[9] = 0x45, 17
-    return bytes(head) + flow.to_bytes(2) + bytes(2) + number.to_bytes(4)
+# whose packets
 
 
-def test_backpressure() -> None:
-    sender = engine()
-    wants: list[bool] = []
-    sender.push(bytes(LOW_WATER_BYTES - 1), 0.0)
-    wants.append(sender.wants_packets)
-    sender.push(b"E", 0.0)
-    wants.append(sender.wants_packets)
-    assert wants == [True, False]
-    sender.pause()
-    assert sender.wants_packets, "without a path the oldest must make room for the newest"
+def test_only_sources_of_the_peers_own_networks_come_out() -> None:
+    networks = [[ip_network("10.1.0.0/16"), ip_network("fd00::/16")], [ip_network("10.2.0.0/16")]]
+    near, far = ends(far=Datapath(networks))
+    good, others = from_host("10.1.2.3"), from_host("10.2.2.3")
+    six = bytearray(40)
+    six[0] = 0x60
+    six[8:10] = b"\xfd\x00"
+    for number, packet in enumerate([good, others, from_host("8.8.8.8"), bytes(six)]):
+        came = hand(near, far, number, PACKET + packet)
+        assert came == ([packet] if packet in (good, bytes(six)) else [])
+    assert far.lane.counters["refused_packets"] == 2
 
 
-def test_a_new_connection_forgets_numbers_and_keeps_what_waits() -> None:
-    both = engine()
-    both.received(3, b"\0" + packet_of(60, 1), 0.0)
-    both.received(4, split(1, packet_of(1420))[0], 0.0)
-    both.push(packet_of(60, 7), 0.0)
-    assert both.next_datagram(LARGE_ROOM, 0.0) is not None
-    both.new_connection()
-    both.received(3, b"\0" + packet_of(60, 2), 0.0)
-    assert both.take_received() == [packet_of(60, 1), packet_of(60, 2)]
-    both.received(5, split(1, packet_of(1420))[1], 0.0)
-    assert both.take_received() == [], "parts of two connections never mix"
-    assert send_all(both, LARGE_ROOM) == [(0, bytes((KIND_PACKET,)) + packet_of(60, 7))]
+def test_packets_go_to_the_lane_of_their_destination() -> None:
+    datapath = Datapath([[ip_network("10.1.0.0/16")], [ip_network("10.1.5.0/24")]])
+    lanes = [datapath.lane(0), datapath.lane(1)]
+    packet = bytearray(numbered(1))
+    for target, owner in (("10.1.1.1", 0), ("10.1.5.1", 1), ("10.2.0.1", None)):
+        packet[16:20] = bytes(map(int, target.split(".")))
+        before = [lane.queue_packets for lane in lanes]
+        assert datapath.push(bytes(packet), START) is (owner is not None)
+        grown = [lane.queue_packets - was for lane, was in zip(lanes, before, strict=True)]
+        assert grown == [int(owner == 0), int(owner == 1)]
+    assert datapath.unroutable == 1
+    assert not datapath.push(b"", START) and not datapath.push(b"\x45", START)
 
 
-def test_the_rest_of_a_packet_begun_on_the_old_connection_is_dropped() -> None:
-    sender, receiver = engine(), engine()
-    sender.push(packet_of(1420, 1), 0.0)
-    sender.push(packet_of(60, 2), 0.0)
-    assert sender.next_datagram(SMALL_ROOM, 0.0) is not None
-    sender.sent(0, 0.0)
-    sender.new_connection()
-    for number, payload in send_all(sender, SMALL_ROOM):
-        receiver.received(number, payload, 0.0)
-    assert receiver.take_received() == [packet_of(60, 2)]
-    assert not receiver._reassembler._packets
+# connections come and go
 
 
-def test_a_packet_only_prepared_survives_a_new_connection() -> None:
-    sender, receiver = engine(), engine()
-    sender.push(packet_of(1420, 1), 0.0)
-    assert sender.next_datagram(SMALL_ROOM, 0.0) is not None
-    sender.new_connection()
-    for number, payload in send_all(sender, SMALL_ROOM):
-        receiver.received(number, payload, 0.0)
-    assert receiver.take_received() == [packet_of(1420, 1)]
+def test_nothing_leaves_while_held_and_everything_afterwards() -> None:
+    near, far = ends()
+    near.lane.hold()
+    assert near.send(numbered(1), now=START) == []
+    assert (near.lane.held, near.lane.pending, near.lane.queue_packets) == (True, False, 1)
+    near.lane.recover(START + 1)
+    assert near.lane.pending
+    assert numbers(far.receive(*near.flush(START + 1), now=START + 1)) == [1]
+
+
+def test_detached_nothing_leaves_and_nothing_comes_out() -> None:
+    near, far = ends()
+    near.connection.detach()
+    far.connection.detach()
+    assert near.send(numbered(1), now=START) == []
+    assert hand(near, far, 5, PACKET + numbered(2)) == []
+    near.connection.attach(near.lane)
+    far.connection.attach(far.lane)
+    assert numbers(far.receive(*near.flush(START), now=START)) == [1]
+
+
+def test_a_lane_serves_the_connection_that_came_last() -> None:
+    near, _ = ends()
+    other, peer = ends(near.datapath)
+    other.connection.attach(near.lane)
+    near.lane.push(numbered(1), START)
+    assert near.flush(START) == []
+    sent = other.flush(START)
+    assert numbers(peer.receive(*sent, now=START)) == [1]
+    near.connection.detach()  # of what it no longer has: changes nothing
+    near.lane.push(numbered(2), START)
+    assert len(other.flush(START)) == 1
+
+
+def test_a_connection_leaves_one_lane_for_another() -> None:
+    near, far = ends(Datapath([[], []]))
+    second = near.datapath.lane(1)
+    near.connection.attach(second)
+    near.lane.push(numbered(1), START)
+    second.push(numbered(2), START)
+    sent = near.flush(START)
+    del near.connection, near.path
+    gc.collect()
+    near.lane.push(numbered(3), START)  # whose connection is gone
+    assert numbers(far.receive(*sent, now=START)) == [2]
+
+
+def test_parts_do_not_go_on_over_another_connection() -> None:
+    near, far = ends()
+    assert hand(near, far, 1, part(1, 0, False, numbered(1)[:50])) == []
+    far.connection.detach()
+    far.connection.attach(far.lane)
+    assert hand(near, far, 2, part(1, 50, True, numbered(1)[50:])) == []
+
+
+def test_stopped_nothing_is_opened_but_the_owner_may_still_seal() -> None:
+    near, far = ends()
+    sent = near.send(numbered(1), now=START)
+    far.connection.stop()
+    assert far.receive(*sent, now=START) == [] and not far.connection.running
+    near.connection.stop()
+    assert near.send(numbered(2), now=START) == []
+    assert near.connection.get_timer() is None
+    assert len(near.craft(9, b"\x1c\0\0\0")) == 1 + 8 + 4 + 4 + 16
+
+
+# paths
+
+
+def test_a_removed_path_has_a_name_for_it() -> None:
+    near, _ = ends()
+    second = near.add_path()
+    second.remove()
+    assert second.removed
+    with pytest.raises(RuntimeError, match="removed"):
+        second.mtu  # noqa: B018
+    second.remove()
+    near.path.remove()
+    assert not near.path.removed, "the active one stays"
+
+
+def test_slots_end_and_are_used_again() -> None:
+    near, _ = ends()
+    added: list[Path] = []
+    with pytest.raises(RuntimeError, match="slot"):
+        while True:
+            added.append(near.add_path())
+    assert len(added) >= 32
+    added[5].remove()
+    again = near.add_path()
+    assert again.index not in {path.index for path in added if not path.removed}
+    assert (again.in_flight, again.has_rtt, again.lost) == (0, False, 0)
+
+
+@pytest.mark.parametrize("size", [0, 1199, 1501, 65535])
+def test_no_path_has_a_size_that_cannot_be(size: int) -> None:
+    near, _ = ends()
+    with pytest.raises(ValueError, match=str(size)):
+        near.path.mtu = size
+
+
+def test_what_waits_for_a_removed_path_does_not_leave_elsewhere() -> None:
+    near, _ = ends()
+    second = near.add_path()
+    near.connection.activate(second, START)
+    near.lane.push(numbered(1), START)
+    assert near.connection.seal(START) == 1
+    near.connection.activate(near.path, START)
+    second.remove()
+    near.add_path()
+    near.lane.push(numbered(2), START)
+    near.connection.seal(START)
+    (sent,) = near.engine.take_sealed()
+    assert sent[0] is near.path
+    number, _, plain = near.seals.open(sent[1])
+    assert (number, plain[:2]) == (1, b"\x30\0") and plain.endswith(numbered(2))
+
+
+def test_an_unproven_address_gets_three_times_what_came() -> None:
+    near, _ = ends()
+    near.path.limited = True
+    near.path.bytes_received = 400
+    sent = near.send(*[numbered(i) for i in range(50)], now=START)
+    total = sum(map(len, sent))
+    assert 1200 - 131 < total <= 1200
+    assert near.path.sendable == 1200 - total
+    near.path.limited = False
+    assert len(near.flush(START)) == 50 - len(sent)
+
+
+# lifetime
+
+
+def build(rng: random.Random) -> list[object]:
+    """Everything there is, in use, with packets in the outbox and in the queue."""
+    near, far = ends()
+    sent = near.send(*[numbered(i) for i in range(20)], now=START)
+    far.receive(*sent[:10], sent[11], now=START)  # an ACK waits in the outbox
+    near.lane.push(numbered(99), START)
+    near.connection.seal(START)
+    hand(near, far, 500, part(1, 0, False, b"E" * 50))
+    near.connection.owner = near  # a circle, as the owner makes one
+    near.path.owner = near.connection
+    things: list[object] = []
+    for end in (near, far):
+        things += [end, end.engine, end.lane, end.connection, end.path, end.add_path()]
+        things += [end.datapath]
+    rng.shuffle(things)
+    return things
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_objects_may_go_in_any_order(seed: int) -> None:
+    rng = random.Random(seed)
+    things = build(rng)
+    engines = [thing for thing in things if isinstance(thing, Engine)]
+    if rng.random() < 0.5:
+        things = [t for t in things if not isinstance(t, (End, Datapath))]
+    while things:
+        del things[rng.randrange(len(things))]
+        if rng.random() < 0.5:
+            gc.collect()
+        for engine in engines:
+            engine.take_sealed()
+            engine.take_delivered()
+    engines.clear()
+    gc.collect()
+
+
+def test_a_connection_that_went_leaves_nothing_in_the_outbox() -> None:
+    datapath = Datapath([EVERYTHING])
+    near, _ = ends(datapath)
+    near.lane.push(numbered(1), START)
+    assert near.connection.seal(START) == 1
+    del near
+    gc.collect()
+    assert datapath.engine.take_sealed() == []
+
+
+def test_circles_are_collected() -> None:
+    near, far = ends()
+    near.connection.owner, near.path.owner = near, near
+    lane = weakref.ref(near.lane)
+    end = weakref.ref(near)
+    del near, far
+    gc.collect()
+    assert lane() is None and end() is None
+
+
+def test_parts_alone_keep_what_they_need() -> None:
+    path = ends()[0].path
+    gc.collect()
+    assert isinstance(path.connection, Connection) and path.in_flight == 0
+    lane = ends()[0].lane
+    gc.collect()
+    lane.push(numbered(1), START)
+    assert lane.queue_packets == 1 and isinstance(lane, Lane)
