@@ -1,11 +1,53 @@
-"""The port between the tunnel and the IP stack of this host; behind it: `linux.py`, `memory.py`."""
+"""The port between the tunnel and the IP stack of this host; behind it: `linux.py`, `memory.py`.
 
-from collections.abc import Iterable
-from typing import Protocol
+Packets do not pass through Python: the engine reads and writes the descriptor itself. One read(2)
+or writev(2) is one message: a VnetHeader of ten bytes, then one IP packet without any other header
+before it. With offloads that packet may be a super-packet: up to 64 KiB of one flow under one set
+of headers, to be cut into segments of `gso_size` (Documentation/networking/tuntap.rst).
+"""
+
+import struct
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class Offload:
+    """Which super-packets a device gives and takes. Without any, checksums are complete too."""
+
+    tcp: bool
+    udp: bool
+
+
+class VnetHeader(NamedTuple):
+    """struct virtio_net_hdr (include/uapi/linux/virtio_net.h): what is left to do on a packet.
+
+    All zero: a plain packet. Lengths and offsets in bytes, from the first byte of the packet.
+    """
+
+    flags: int = 0
+    gso_type: int = 0
+    hdr_len: int = 0
+    gso_size: int = 0
+    csum_start: int = 0
+    csum_offset: int = 0
+
+    def pack(self) -> bytes:
+        return _VNET.pack(*self)
+
+    @classmethod
+    def unpack(cls, message: bytes) -> "VnetHeader":
+        """The header at the start of `message`, which has at least VNET_SIZE bytes."""
+        return cls(*_VNET.unpack_from(message))
+
+
+# Host byte order, as long as nobody asks for another by TUNSETVNETLE or TUNSETVNETBE.
+_VNET = struct.Struct("=BBHHHH")
+VNET_SIZE = _VNET.size
 
 
 class TunDevice(Protocol):
-    """Whole IP packets, without any header before them, in and out of this host. Never blocks."""
+    """A device that a reader of messages can be put on."""
 
     @property
     def name(self) -> str:
@@ -13,26 +55,14 @@ class TunDevice(Protocol):
 
     @property
     def mtu(self) -> int:
-        """The largest packet that `read` returns, in bytes."""
+        """The largest IP packet, or segment of a super-packet, that comes from it, in bytes."""
 
     @property
-    def dropped(self) -> int:
-        """How many packets `write` has dropped so far: queue full, or not an IP packet."""
+    def offload(self) -> Offload:
+        """What it accepted; it is written, and expects to be read, accordingly."""
 
     def fileno(self) -> int:
-        """A file descriptor that polls readable while `read` has something to return."""
-
-    def read(self, limit: int) -> list[bytes]:
-        """Up to `limit` packets this host sends, oldest first; [] when there are none.
-
-        Raises TunError("gone") when the device was removed: no packet will ever come again.
-        """
-
-    def write(self, packets: Iterable[bytes]) -> int:
-        """Deliver packets to this host, in order; returns how many it took, never raises.
-
-        A packet that it does not take is dropped and counted, and the next one is tried.
-        """
+        """The descriptor, which never blocks; -1 once it is closed."""
 
     def close(self) -> None:
         """Give the device up; a second call does nothing."""

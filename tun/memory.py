@@ -1,79 +1,105 @@
-"""A TUN device without a kernel, for tests: two ends, what one writes the other reads."""
+"""A TUN device without a kernel, for tests: messages go through a socket pair."""
 
-import os
-from collections import deque
-from collections.abc import Iterable
+import contextlib
+import socket
+from collections.abc import Iterable, Iterator
 
-from tun.errors import TunError
+from tun.device import VNET_SIZE, Offload, VnetHeader
 
-# Packets a real device queues towards its reader by default (drivers/net/tun.c, TUN_READQ_SIZE).
-_QUEUE = 500
+# SO_SNDBUF of either end, bytes: about 900 full packets or 30 super-packets, so that only a test
+# that means to finds it full. The kernel doubles it, and cuts it to net.core.wmem_max.
+_BUFFER = 2 << 20
+
+# No message is larger: a header, and an IP packet of the largest size there is.
+_MESSAGE_LIMIT = VNET_SIZE + 65535
 
 
 class MemoryTun:
-    """One end of a pair: the device, or the host behind it. A `TunDevice` either way.
+    """The device: a `TunDevice` whose descriptor is a socket that keeps messages apart.
 
-    Bounded as the real one is: a packet that finds the other end's queue full is dropped and
-    counted. Stricter than the real one in one thing: neither end takes a packet above the MTU.
+    It is not the kernel's in this: a write into a full queue fails with EAGAIN instead of being
+    taken and dropped, and once the host is closed a read gives nothing (0 bytes), not EBADFD.
     """
 
-    def __init__(self, name: str, mtu: int, queue: int) -> None:
+    def __init__(self, sock: socket.socket, name: str, mtu: int, offload: Offload) -> None:
         self.name = name
         self.mtu = mtu
-        self.dropped = 0
-        self._limit = queue
-        self._packets: deque[bytes] = deque()
-        self._peer: MemoryTun | None = None
-        # Readable while it is above zero, so that an event loop can wait for packets.
-        self._event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self.offload = offload
+        self._socket = sock
 
     @classmethod
     def pair(
-        cls, name: str = "mt0", mtu: int = 1420, queue: int = _QUEUE
-    ) -> "tuple[MemoryTun, MemoryTun]":
-        """The device and the host behind it; `queue` packets wait at each end, at the most."""
-        device, host = cls(name, mtu, queue), cls(name, mtu, queue)
-        device._peer, host._peer = host, device
-        return device, host
+        cls,
+        name: str = "mt0",
+        mtu: int = 1420,
+        offload: Offload = Offload(tcp=True, udp=True),  # noqa: B008 # it is frozen
+    ) -> "tuple[MemoryTun, MemoryHost]":
+        """The device, and the host behind it."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        for end in (ours, theirs):
+            end.setblocking(False)
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER)
+        return cls(ours, name, mtu, offload), MemoryHost(theirs, mtu)
 
     def fileno(self) -> int:
-        return self._event
-
-    def read(self, limit: int) -> list[bytes]:
-        if self._event < 0:
-            raise TunError("gone", f"{self.name} is closed")
-        had = bool(self._packets)
-        count = min(limit, len(self._packets))
-        packets = [self._packets.popleft() for _ in range(count)]
-        if had and not self._packets:
-            os.eventfd_read(self._event)
-        return packets
-
-    def write(self, packets: Iterable[bytes]) -> int:
-        taken = 0
-        for packet in packets:
-            if self._peer is not None and self._peer._offer(packet):
-                taken += 1
-            else:
-                self.dropped += 1
-        return taken
+        return self._socket.fileno()
 
     def close(self) -> None:
-        if self._event < 0:
-            return
-        os.close(self._event)
-        self._event = -1
-        self._packets.clear()
-        if self._peer is not None:
-            self._peer._peer = None
-            self._peer = None
+        self._socket.close()
 
-    def _offer(self, packet: bytes) -> bool:
-        if len(self._packets) >= self._limit or len(packet) > self.mtu:
-            return False
-        if not packet or packet[0] >> 4 not in (4, 6):
-            return False
-        if not self._packets:
-            os.eventfd_write(self._event, 1)
-        self._packets.append(bytes(packet))
-        return True
+
+class MemoryHost:
+    """The IP stack behind the device: what it writes, the device reads."""
+
+    def __init__(self, sock: socket.socket, mtu: int) -> None:
+        self.dropped = 0  # packets that `write` did not take
+        self.refused = 0  # messages of the device that were no IP packet
+        self._mtu = mtu
+        self._socket = sock
+
+    def fileno(self) -> int:
+        """Polls readable while the device has written something, and once it is closed."""
+        return self._socket.fileno()
+
+    def read(self, limit: int) -> list[bytes]:
+        """Up to `limit` IP packets that the device wrote, oldest first, super-packets uncut."""
+        return [packet for _, packet in self._messages(limit)]
+
+    def read_super(self) -> tuple[VnetHeader, bytes] | None:
+        """The oldest packet that the device wrote, with its header; None when there is none."""
+        return next(self._messages(1), None)
+
+    def write(self, packets: Iterable[bytes]) -> int:
+        """Send plain packets; returns how many were taken, the others are dropped and counted:
+        queue full, above the MTU, no IP packet, device closed."""
+        return sum(self._send(VnetHeader(), packet, limit=self._mtu) for packet in list(packets))
+
+    def write_super(self, vnet: VnetHeader, packet: bytes) -> bool:
+        """Send any packet with any header; False: it was dropped, and counted."""
+        return self._send(vnet, packet, limit=65535)
+
+    def close(self) -> None:
+        """A second call does nothing."""
+        self._socket.close()
+
+    def _send(self, vnet: VnetHeader, packet: bytes, limit: int) -> bool:
+        if _is_ip(packet) and len(packet) <= limit:
+            with contextlib.suppress(OSError):
+                self._socket.sendmsg([vnet.pack(), packet])
+                return True
+        self.dropped += 1
+        return False
+
+    def _messages(self, limit: int) -> Iterator[tuple[VnetHeader, bytes]]:
+        with contextlib.suppress(BlockingIOError):
+            while limit > 0 and (message := self._socket.recv(_MESSAGE_LIMIT)):
+                packet = message[VNET_SIZE:]
+                if _is_ip(packet):
+                    limit -= 1
+                    yield VnetHeader.unpack(message), packet
+                else:
+                    self.refused += 1
+
+
+def _is_ip(packet: bytes) -> bool:
+    return bool(packet) and packet[0] >> 4 in (4, 6)
