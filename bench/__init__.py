@@ -1,1 +1,1 @@
-"""Measurements; run as `python -m bench`."""
+"""Measurements; run as `./dev bench NAME` or `python -m bench NAME`."""

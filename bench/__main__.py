@@ -5,21 +5,31 @@ code`.
 from __future__ import annotations
 
 import importlib
-import pkgutil
+import signal
 import sys
 
-import bench
+# name -> (module, what it measures). Not the modules' own names: `bench/queue.py` would hide the
+# standard library's `queue` from a program that is started inside this folder.
+MEASUREMENTS = {
+    "throughput": ("throughput", "speed, CPU, latency and memory, beside other tunnels"),
+    "loss": ("loss", "one TCP stream over a link that loses packets"),
+    "queue": ("standing_queue", "keystrokes beside an upload that fills a slow link"),
+    "profile": ("hotspots", "where the tunnel's CPU time goes (perf)"),
+    "roam": ("roam", "how long traffic is silent when an end moves"),
+}
 
 
 def main(arguments: list[str]) -> int:
     """Run the measurement that is named first, with the other arguments."""
-    names = sorted(
-        module.name for module in pkgutil.iter_modules(bench.__path__) if module.name != "__main__"
-    )
-    if not arguments or arguments[0] not in names:
-        print(f"usage: python -m bench {{{','.join(names)}}} [...]", file=sys.stderr)
-        return 2
-    code: int = importlib.import_module(f"bench.{arguments[0]}").main(arguments[1:])
+    if not arguments or arguments[0] not in MEASUREMENTS:
+        print("usage: ./dev bench NAME [...]   (NAME --help says more)\n", file=sys.stderr)
+        for name, (_, what) in MEASUREMENTS.items():
+            print(f"  {name:11} {what}", file=sys.stderr)
+        return 0 if arguments and arguments[0] in ("-h", "--help", "help") else 2
+    # As an exception, so that every namespace and process is cleaned up.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    module, _ = MEASUREMENTS[arguments[0]]
+    code: int = importlib.import_module(f"bench.{module}").main(arguments[1:])
     return code
 
 

@@ -36,6 +36,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
+from bench.figures import quantile
 from cli.demo.nat import Kind
 from cli.demo.netns import CommandError
 from cli.demo.pair import INNER, MARTLET, Pair, PairError, Session
@@ -181,12 +182,6 @@ def measure(cell: Cell, bed: Bed, runs: int, outcome: Outcome) -> None:
             if not bed.settle(back.end) or bed.session.closed():
                 outcome.dead_sessions += 1
                 return
-
-
-def quantile(values: Sequence[float], share: float) -> float:
-    """The smallest value that at least `share` of all are not above."""
-    ordered = sorted(values)
-    return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
 
 
 def table(outcomes: Sequence[Outcome]) -> str:
