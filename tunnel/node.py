@@ -8,17 +8,16 @@ import errno
 import hmac
 import random
 from collections import deque
-from functools import partial
 from typing import Any, TextIO
 
 from tunnel.config import Config
 from tunnel.control import PROTOCOL_VERSION, ApplicationError, Hello
-from tunnel.datapath.engine import Engine
+from tunnel.datapath.engine import Connection, Datapath
 from tunnel.events import NodeEvent, PeerRefused
 from tunnel.identity import Identity
 from tunnel.ledger import Ledger
 from tunnel.path.network import Address, LocalNetwork, PathKey
-from tunnel.peer import Peer, Surroundings
+from tunnel.peer import BENCH_FEATURE, Peer, Surroundings
 from tunnel.quic.admission import (
     Admitted,
     Door,
@@ -31,12 +30,11 @@ from tunnel.quic.configuration import connection_configuration
 from tunnel.quic.connection import PeerConnection
 from tunnel.quic.control_stream import CidIssued, CidRetired, Ended, Said, Session
 from tunnel.quic.logging import StreamLogger
-from tunnel.routing import AllowedIPs
 
 STRANGER_PATIENCE = 5.0
 """Seconds until a handshake that somebody began with us must have shown its Hello."""
 RESETS_PER_SECOND = 20
-FEATURES = ("copies",)
+FEATURES = ("copies", BENCH_FEATURE)
 CLOSE_LINGER = 0.2  # seconds for the last datagrams of a closing node
 
 
@@ -69,11 +67,12 @@ class Node:
         self._reset_secret = identity.derive(b"martlet stateless reset", 32)
         self._door = Door(self._own_key, rng.randbytes(16))
         self._events: deque[NodeEvent] = deque()
-        self._routing = AllowedIPs.from_peers(config.peers)
+        self.datapath = Datapath(peer.allowed_ips for peer in config.peers)
         self._ledger = Ledger()
         self._surroundings = Surroundings(LocalNetwork(), 0)
         self._by_cid: dict[bytes, Session] = {}
         self._owners: dict[Session, Peer | None] = {}
+        self._by_engine: dict[Connection, Session] = {}
         self._raw: list[tuple[PathKey, bytes]] = []
         self._resets = (0.0, 0)
         self._closing_at: float | None = None
@@ -81,7 +80,6 @@ class Node:
             "strangers": 0,
             "retries": 0,
             "resets_sent": 0,
-            "unroutable_packets": 0,
             "send_errors": 0,
         }
         hello = Hello(
@@ -91,10 +89,10 @@ class Node:
             boot_id=boot_id,
         )
         self.peers: dict[str, Peer] = {}
-        for peer_config in config.peers:
+        for owner, peer_config in enumerate(config.peers):
             self.peers[peer_config.name] = Peer(
                 peer_config,
-                engine=Engine(partial(self._routing.permits, peer_config.name)),
+                lane=self.datapath.lane(owner, rng.getrandbits(64)),
                 ledger=self._ledger,
                 own_key=self._own_key,
                 dialable=config.interface.listen_port is not None,
@@ -123,14 +121,28 @@ class Node:
 
     def receive_packets(self, packets: list[bytes], now: float) -> None:
         for packet in packets:
-            name = self._routing.lookup(packet)
-            if name is None:
-                self.counters["unroutable_packets"] += 1
-            else:
-                self.peers[name].engine.push(packet, now)
+            self.datapath.push(packet, now)
+
+    def engine_events(self, connections: list[Connection], now: float) -> bool:
+        """The engine has news of these connections; True when there may be more to do than to let
+        it send on."""
+        busy = False
+        for engine in connections:
+            session = self._by_engine.get(engine)
+            if session is None:
+                engine.take(now)  # of a connection that is gone
+                continue
+            peer = self._owners.get(session)
+            if session.connection.collect(now) or (peer is not None and peer.expectant):
+                busy = True
+                self._after(session, now)
+        return busy
 
     def network_changed(self, network: LocalNetwork, port: int, now: float) -> None:
         self._surroundings = Surroundings(network, port)
+        for session in self._owners:
+            for path in session.connection.paths():
+                self.datapath.aim(path.metrics, path.addr)  # sockets came and went
         for peer in self.peers.values():
             peer.network_changed(self._surroundings, now)
             if not self._started:
@@ -144,7 +156,7 @@ class Node:
         self.counters["send_errors"] += 1
         for peer in self.peers.values():
             if peer.session is not None and error == errno.EMSGSIZE:
-                peer.session.connection.shrink(path)
+                peer.session.connection.shrink(path, now)
             else:
                 peer.send_failed(path, now)
 
@@ -155,6 +167,16 @@ class Node:
     def ping(self, peer: str, token: int, now: float) -> bool:
         """Ask a peer for an answer (`PingReply`); False when there is no session with it."""
         return self.peers[peer].ping(token, now)
+
+    def bench(self, peer: str, token: int, seconds: int, now: float) -> None:
+        """Ask a peer to serve a load; `BenchAnswer` tells what came of it."""
+        self.peers[peer].bench(token, seconds)
+
+    def bench_served(
+        self, peer: str, token: int, port: int, secret: bytes, reason: str, now: float
+    ) -> None:
+        """The shell's answer to `BenchWanted`."""
+        self.peers[peer].bench_served(token, port, secret, reason)
 
     def handle_timer(self, now: float) -> None:
         for session in list(self._owners):
@@ -195,10 +217,7 @@ class Node:
         return out
 
     def packets_to_write(self) -> list[bytes]:
-        packets: list[bytes] = []
-        for peer in self.peers.values():
-            packets += peer.engine.take_received()
-        return packets
+        return self.datapath.take_delivered()
 
     def get_timer(self) -> float | None:
         times: list[float] = []
@@ -215,10 +234,6 @@ class Node:
         return self._events.popleft() if self._events else None
 
     @property
-    def wants_packets(self) -> bool:
-        return all(peer.engine.wants_packets for peer in self.peers.values())
-
-    @property
     def closed(self) -> bool:
         return self._closing_at is not None and all(s.connection.is_closed for s in self._owners)
 
@@ -228,7 +243,7 @@ class Node:
             "public_key": self._identity.public_key.openssh,
             "listen_port": self._surroundings.port,
             "peers": [peer.status() for peer in self.peers.values()],
-            "counters": dict(self.counters),
+            "counters": {**self.counters, "unroutable_packets": self.datapath.unroutable},
         }
 
     def history(self) -> list[dict[str, Any]]:
@@ -245,6 +260,7 @@ class Node:
                 quic_logger=self._quic_logger,
             ),
             path=path,
+            datapath=self.datapath,
             reset_token=self._reset_token,
             max_packets_per_key=self._max_packets_per_key,
             **more,
@@ -296,11 +312,14 @@ class Node:
 
     def _track(self, session: Session, owner: Peer | None) -> None:
         self._owners[session] = owner
+        self._by_engine[session.connection.engine] = session
         for cid in session.connection.host_cids():
             self._by_cid[cid] = session
 
     def _forget(self, session: Session) -> None:
         self._owners.pop(session, None)
+        self._by_engine.pop(session.connection.engine, None)
+        session.connection.engine.stop()
         self._by_cid = {cid: s for cid, s in self._by_cid.items() if s is not session}
 
     def _stranger_expires(self, session: Session) -> float:

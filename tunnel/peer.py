@@ -20,12 +20,24 @@ process may have restarted. The first to answer wins.
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from ipaddress import ip_address
 from typing import Any
 
 from tunnel.config import PeerConfig
-from tunnel.control import ApplicationError, Goodbye, Hello, Observed, Ping, Pong
-from tunnel.datapath.engine import Engine
+from tunnel.control import (
+    ApplicationError,
+    Bench,
+    BenchReply,
+    Goodbye,
+    Hello,
+    Observed,
+    Ping,
+    Pong,
+)
+from tunnel.datapath.engine import Lane
 from tunnel.events import (
+    BenchAnswer,
+    BenchWanted,
     NodeEvent,
     PeerConnecting,
     PeerHolding,
@@ -40,7 +52,7 @@ from tunnel.path.liveness import HOLD_AFTER, NAT_KEEPALIVE, suspect_deadline
 from tunnel.path.network import Address, LocalNetwork, PathKey
 from tunnel.path.selector import best_from, candidates, unique
 from tunnel.quic.control_stream import Ended, Greeted, Said, Session
-from tunnel.quic.events import MoveContested, PathFailed, PathValidated, PeerMoved
+from tunnel.quic.events import MoveContested, PathFailed, PathRefused, PathValidated, PeerMoved
 
 DIAL_STAGGER = 0.05
 """Seconds between the first Initials on different paths: the best one usually answers first."""
@@ -62,6 +74,9 @@ REMEMBERED_REMOTES = 3
 """Addresses of the peer that worked before and are asked at again: a NAT's old mappings die."""
 
 HELLO_VERSION = 1
+BENCH_FEATURE = "bench"
+OPEN_BENCHES = 8
+"""Questions that a peer may owe an answer to; older ones are forgotten."""
 APPLICATION_ERROR = 0x0C
 """What an application's close looks like before the handshake is done (RFC 9000 section 10.2.3)."""
 
@@ -81,7 +96,7 @@ class Peer:
         self,
         config: PeerConfig,
         *,
-        engine: Engine,
+        lane: Lane,
         ledger: Ledger,
         own_key: bytes,
         dialable: bool,
@@ -93,7 +108,7 @@ class Peer:
     ) -> None:
         self.config = config
         self.name = config.name
-        self.engine = engine
+        self.lane = lane
         self.state = "connecting"
         self.session: Session | None = None
         self.dialling: Session | None = None
@@ -122,9 +137,11 @@ class Peer:
         self._switched_at = 0.0
         self._revived_at = 0.0
         self._held_at = 0.0
+        self._ask_after = 0.0
         self._keepalive_at: float | None = None
         self._pings: dict[int, float] = {}
-        self.engine.pause()
+        self._benches: dict[int, str] = {}
+        self.lane.hold()
 
     # inputs
 
@@ -176,6 +193,68 @@ class Peer:
         self._pings[token] = now
         self.session.say(Ping(token=token))
         return True
+
+    def bench(self, token: int, seconds: int) -> None:
+        """Ask the peer to serve a load for `seconds`; there will be a BenchAnswer, or silence."""
+        session = self.session
+        problem = ""
+        if session is None or session.hello is None or self.state != "up":
+            problem = f"peer {self.name} is not up, but {self.state}"
+        elif BENCH_FEATURE not in session.hello.features:
+            problem = f"the martlet of peer {self.name} is too old: it knows no bench"
+        else:
+            theirs = self._inner(session.hello.addresses, self._hello.addresses)
+            if theirs:
+                self._benches[token] = theirs[0]
+                if len(self._benches) > OPEN_BENCHES:
+                    del self._benches[next(iter(self._benches))]  # the oldest
+                session.say(Bench(token=token, address=theirs[0], seconds=seconds))
+                return
+            problem = (
+                f"peer {self.name} has no address inside the tunnel that is in its allowed_ips"
+                " here, and of a family that this host has one of, too"
+            )
+        self._emit(BenchAnswer(self.name, token, problem=problem))
+
+    def bench_served(self, token: int, port: int, secret: bytes, reason: str) -> None:
+        """The answer to BenchWanted: port and secret of the load, or port 0 and the reason."""
+        if self.session is not None:
+            self.session.say(BenchReply(token=token, port=port, secret=secret, reason=reason))
+
+    def _on_bench(self, session: Session, message: Bench) -> None:
+        sources = session.hello.addresses if session.hello is not None else ()
+        sources = self._inner(sources, (message.address,))
+        if not self.config.bench:
+            reason = "benches are off there (bench = false)"
+        elif message.address not in self._hello.addresses:
+            reason = "that is no address of its own"
+        elif not sources:
+            reason = "this host has no address that is in allowed_ips there"
+        else:
+            self._emit(
+                BenchWanted(self.name, message.token, message.address, sources, message.seconds)
+            )
+            return
+        session.say(BenchReply(token=message.token, reason=reason))
+
+    def _on_bench_reply(self, reply: BenchReply) -> None:
+        address = self._benches.pop(reply.token, None)
+        if address is None:
+            return
+        problem = ""
+        if not reply.port:
+            problem = f"peer {self.name} refuses: {reply.reason or 'no reason given'}"
+        self._emit(BenchAnswer(self.name, reply.token, address, reply.port, reply.secret, problem))
+
+    def _inner(self, theirs: tuple[str, ...], ours: tuple[str, ...]) -> tuple[str, ...]:
+        """The peer's addresses that are its own by our configuration, and of a family of ours."""
+        families = {ip_address(address).version for address in ours}
+        return tuple(
+            str(address)
+            for address in map(ip_address, theirs)
+            if address.version in families
+            and any(address in network for network in self.config.allowed_ips)
+        )
 
     def goodbye(self, reason: str) -> None:
         for session in (self.session, self.dialling):
@@ -246,8 +325,7 @@ class Peer:
         self._dial_at = None
         self._dial_queue = []
         self._suspect_since = self._reprobe_at = None
-        self.engine.new_connection()
-        session.connection.attach(self.engine)
+        session.connection.attach(self.lane)
         session.say(Observed(address=str(session.active.remote)))
         self._keepalive_at = now + NAT_KEEPALIVE
         self._set_up(now)
@@ -270,6 +348,10 @@ class Peer:
             asked = self._pings.pop(message.token, None)
             if asked is not None:
                 self._emit(PingReply(self.name, message.token, now - asked))
+        elif isinstance(message, Bench):
+            self._on_bench(session, message)
+        elif isinstance(message, BenchReply):
+            self._on_bench_reply(message)
         elif isinstance(message, Observed):
             self.observed = message.address
         elif isinstance(message, Goodbye) and session is self.session:
@@ -296,7 +378,7 @@ class Peer:
             self.session.connection.detach()
             self.session = None
         self._suspect_since = self._reprobe_at = None
-        self.engine.pause()
+        self.lane.hold()
         if self.state != "connecting":
             self.state = "connecting"
             self._emit(PeerConnecting(self.name))
@@ -423,6 +505,8 @@ class Peer:
                 self._answered.append(event.path)
         elif isinstance(event, PathFailed) and event.path == self._wish:
             self._wish = None
+        elif isinstance(event, PathRefused):
+            self.send_failed(event.path, now)
 
     # liveness
 
@@ -488,26 +572,35 @@ class Peer:
             self.state = "holding"
             self._held_at = now
             self._emit(PeerHolding(self.name))
-        self.engine.pause()
+        self.lane.hold()
         if self.session is not None:
             self._want_dial(now)
 
     def _hold_at(self, session: Session) -> float | None:
         waiting = self._waiting_since(session)
-        if waiting is None or self.engine.paused:
+        if waiting is None or self.lane.held:
             return None
         return max(waiting, self._revived_at) + HOLD_AFTER
 
     def _revive(self, now: float) -> None:
         """There may be a path again: let packets go, the newest first."""
         self._revived_at = now
-        self.engine.resume(now)
+        self.lane.recover(now)
 
     def _set_up(self, now: float) -> None:
         if self.state != "up":
             self.state = "up"
             self._emit(PeerUp(self.name))
-        self.engine.resume(now)
+        self.lane.recover(now)
+
+    @property
+    def expectant(self) -> bool:
+        """Whether the next acknowledgement means more than that the path lives."""
+        return (
+            self._unconfirmed is not None
+            or self._suspect_since is not None
+            or self.state == "holding"
+        )
 
     def poll(self, now: float) -> None:
         """Look at the state after any input: progress, confirmations, answered questions."""
@@ -521,6 +614,11 @@ class Peer:
         if self._suspect_since is not None and progress > self._suspect_since:
             self._suspect_since = self._reprobe_at = None
             self._answered = []
+        heard = session.connection.heard_at or 0.0
+        if self.state == "holding" and heard > max(self._held_at, self._ask_after):
+            # The peer is back: ask at once, and do not wait for the next probe timeout.
+            self._ask_after = now + REPROBE_INTERVAL
+            session.connection.nudge()
         if self.state == "holding" and progress > self._held_at:
             self._set_up(now)
             if self.dialling is not None and not self.dialling.said_hello:
@@ -612,7 +710,6 @@ class Peer:
                         "lost_packets": metrics.lost,
                     }
                 )
-        engine = self.engine.counters
         return {
             "name": self.name,
             "public_key": self.config.public_key.openssh,
@@ -622,16 +719,7 @@ class Peer:
             "paths": paths,
             "migrations": self._ledger.count(self.name),
             "counters": {
-                "tx_packets": engine.sent,
-                "tx_bytes": engine.sent_bytes,
-                "rx_packets": engine.received,
-                "rx_bytes": engine.received_bytes,
-                "split_packets": engine.split,
-                "refused_packets": engine.refused,
-                "malformed_datagrams": engine.malformed + engine.unknown_kind,
-                "copies_received": engine.copies_received,
-                "copies_dropped": engine.copies_dropped,
-                "queue_dropped": self.engine.queue.dropped,
+                **self.lane.counters,
                 **self.counters,
                 **connection,
             },

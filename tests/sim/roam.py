@@ -7,10 +7,10 @@ from collections.abc import Callable
 
 from tests.sim.flows import Flow
 from tests.sim.world import PORT, Host, Uplink, World
-from tunnel.datapath.queue import MAX_BYTES, MAX_PACKETS
 from tunnel.quic.base import MAX_PATHS
 
 EVENTS_EACH = 12  # mean
+MAX_QUEUED_BYTES, MAX_QUEUED_PACKETS = 4 << 20, 10240  # of one peer: core/queue.c
 PATIENCE = 5.0
 """Seconds after the last event in which both ends must be up, and traffic flow both ways."""
 MAX_SESSIONS = 5
@@ -189,8 +189,8 @@ class Roam:
             if peer.session is not None:
                 assert len(peer.session.connection.paths()) <= MAX_PATHS, self._why("paths")
                 assert len(node._by_cid) <= 16 * MAX_SESSIONS, self._why("connection IDs")
-            assert peer.engine.queue.bytes <= MAX_BYTES, self._why("queue bytes")
-            assert len(peer.engine.queue) <= MAX_PACKETS, self._why("queue packets")
+            assert peer.lane.queue_bytes <= MAX_QUEUED_BYTES, self._why("queue bytes")
+            assert peer.lane.queue_packets <= MAX_QUEUED_PACKETS, self._why("queue packets")
 
     def _why(self, what: str) -> str:
         world = self.world

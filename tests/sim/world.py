@@ -297,8 +297,9 @@ class World:
     def pump(self, host: Host) -> None:
         """What the shell does after every input: send, report failures, write, look at events."""
         node = host.node
-        while host.waiting and node.wants_packets:
-            node.receive_packets([host.waiting.popleft()], self.now)
+        if host.waiting:
+            node.receive_packets(list(host.waiting), self.now)
+            host.waiting.clear()
         for _ in range(SEND_ROUNDS):
             failed: list[tuple[PathKey, int]] = []
             for key, data in node.datagrams_to_send(self.now):

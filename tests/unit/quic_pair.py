@@ -10,18 +10,21 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
+from ipaddress import ip_network
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from aioquic._crypto import CryptoError
 from aioquic.buffer import Buffer
-from aioquic.quic.crypto import next_key_phase
+from aioquic.quic.crypto import CryptoContext, next_key_phase
 from aioquic.quic.events import ConnectionTerminated, QuicEvent
 from aioquic.quic.packet import QuicFrameType, decode_packet_number
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from tunnel.datapath.engine import Engine
+from tunnel.datapath.engine import Datapath
 from tunnel.identity import Identity
 from tunnel.path.network import Address, PathKey
 from tunnel.quic.configuration import connection_configuration
@@ -31,6 +34,8 @@ START = 1000.0
 DELAY = 0.01  # seconds, one way
 CID = 8  # bytes
 SHORT_HEADER = 1 + CID
+
+EVERYTHING = (ip_network("0.0.0.0/0"), ip_network("::/0"))
 
 CLIENT = Address("192.0.2.1", 1000)
 SERVER = Address("198.51.100.1", 2000)
@@ -99,7 +104,8 @@ class Host:
     def __init__(self, name: str, address: Address) -> None:
         self.name = name
         self.nat: dict[Address, Address] = {address: address}
-        self.engine = Engine(lambda packet: True)
+        self.datapath = Datapath([EVERYTHING])
+        self.lane = self.datapath.lane(0)
         self.received: list[bytes] = []
         self.events: list[QuicEvent] = []
         self.wakeups = 0
@@ -154,6 +160,7 @@ class Pair:
         self.client.connection = PeerConnection(
             configuration=near,
             path=PathKey(CLIENT, SERVER),
+            datapath=self.client.datapath,
             accepts=lambda key: key == server_key,
             reset_token=lambda cid: b"client--" + cid[:8],
             max_packets_per_key=max_packets_per_key,
@@ -161,6 +168,7 @@ class Pair:
         self.server.connection = PeerConnection(
             configuration=far,
             path=PathKey(SERVER, CLIENT),
+            datapath=self.server.datapath,
             accepts=lambda key: key == client_key,
             reset_token=lambda cid: b"server--" + cid[:8],
             original_destination_connection_id=(
@@ -190,7 +198,7 @@ class Pair:
         pair.run(1.0)
         for host in pair.hosts:
             assert host.connection.is_open
-            host.connection.attach(host.engine)
+            host.connection.attach(host.lane)
         pair.run(1.0)
         pair.forget()
         return pair
@@ -256,7 +264,7 @@ class Pair:
             if source is not None:
                 packet = open_packet(data, host.connection, self.other(host).connection)
                 self._depart(Flight(host, key.local, source, key.remote, data, self.now, packet))
-        host.received += host.engine.take_received()
+        host.received += host.datapath.take_delivered()
         while (event := host.connection.next_event()) is not None:
             host.events.append(event)
 
@@ -288,7 +296,7 @@ class Pair:
     def send(self, host: Host, *packets: bytes) -> None:
         """Packets come out of the host's TUN."""
         for packet in packets:
-            host.engine.push(packet, self.now)
+            host.lane.push(packet, self.now)
         self.pump(host)
 
     def stream(self, host: Host, count: int, *, interval: float = 0.005, size: int = 100) -> None:
@@ -345,6 +353,7 @@ def numbered(number: int, size: int = 100) -> bytes:
     """An IP packet, as far as the data path looks, that carries its number."""
     head = bytearray(20)
     head[0] = 0x45
+    head[2:4] = size.to_bytes(2)
     return (bytes(head) + number.to_bytes(4)).ljust(size, b".")
 
 
@@ -352,25 +361,60 @@ def numbers(packets: Iterable[bytes]) -> list[int]:
     return [int.from_bytes(packet[20:24]) for packet in packets]
 
 
+def copy_header(root: int) -> bytes:
+    """What stands before the payload of a copy: the kind, and the number that names it."""
+    buf = Buffer(capacity=9)
+    buf.push_uint8(1)
+    buf.push_uint_var(root)
+    return buf.data
+
+
 def open_packet(data: bytes, sender: PeerConnection, receiver: PeerConnection) -> Opened | None:
     """Decrypt a short-header datagram with the receiver's keys; None if it is something else."""
     if data[0] & 0x80:
         return None
-    keys = receiver._keys
-    if keys.recv.hp is None:
+    start = receiver._keys.recv  # as the handshake left them
+    if start.hp is None:
         return None
-    header, truncated = keys.recv.hp.remove(data, SHORT_HEADER)
+    header, truncated = start.hp.remove(data, SHORT_HEADER)
     number = decode_packet_number(truncated, ((header[0] & 3) + 1) * 8, sender._packet_number)
-    contexts = [keys.recv, keys._previous, next_key_phase(keys.recv)]
-    for context in contexts:
-        if context is not None and context.aead is not None:
-            try:
-                plain = context.aead.decrypt(data[len(header) :], header, number)
-            except CryptoError:
-                continue
-            phase = (header[0] & 4) >> 2
+    phase = (header[0] & 4) >> 2
+    generations = _generations(start)
+    updates = receiver.counters["key_updates"]
+    # What is in flight is of this generation of the receiver's, or of one beside it.
+    for generation in range(max(0, updates - 1), updates + 2):
+        context = generations(generation)
+        if context.key_phase != phase or context.aead is None:
+            continue
+        with suppress(CryptoError):
+            plain = context.aead.decrypt(data[len(header) :], header, number)
             return Opened(number, header[1:SHORT_HEADER], phase, tuple(frames(plain)))
     return None
+
+
+def _generations(first: CryptoContext) -> Callable[[int], CryptoContext]:
+    """The generations of keys, each derived once."""
+    known: list[CryptoContext] = _KNOWN.setdefault(first, [_twin(first)])
+
+    def get(number: int) -> CryptoContext:
+        while len(known) <= number:
+            known.append(next_key_phase(known[-1]))
+        return known[number]
+
+    return get
+
+
+def _twin(context: CryptoContext) -> CryptoContext:
+    """The same keys in another object, that keeps no reference to the first one."""
+    twin = CryptoContext(key_phase=context.key_phase)
+    assert context.cipher_suite is not None
+    assert context.secret is not None
+    assert context.version is not None
+    twin.setup(cipher_suite=context.cipher_suite, secret=context.secret, version=context.version)
+    return twin
+
+
+_KNOWN: WeakKeyDictionary[CryptoContext, list[CryptoContext]] = WeakKeyDictionary()
 
 
 def frames(plain: bytes) -> Iterable[tuple[int, bytes]]:
@@ -410,8 +454,9 @@ def frames(plain: bytes) -> Iterable[tuple[int, bytes]]:
             content = buf.pull_uint_var().to_bytes(4)
         elif kind in (CHALLENGE, RESPONSE):
             content = buf.pull_bytes(8)
-        elif kind == DATAGRAM:
-            content = buf.pull_bytes(buf.pull_uint_var())
+        elif kind in (DATAGRAM, QuicFrameType.DATAGRAM):
+            length = buf.pull_uint_var() if kind == DATAGRAM else buf.capacity - buf.tell()
+            kind, content = DATAGRAM, buf.pull_bytes(length)
         elif kind in (QuicFrameType.TRANSPORT_CLOSE, QuicFrameType.APPLICATION_CLOSE):
             buf.pull_uint_var()
             if kind == QuicFrameType.TRANSPORT_CLOSE:

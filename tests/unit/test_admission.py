@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from tests.sim.world import PORT, World, number_of, numbered
 from tests.unit.quic_pair import identity
+from tunnel.datapath.engine import Datapath
 from tunnel.events import PeerConnecting, PeerRefused
 from tunnel.node import RESETS_PER_SECOND, STRANGER_PATIENCE, Node
 from tunnel.path.network import Address, PathKey
@@ -260,6 +261,7 @@ def first_initial(world: World, *, with_mac: bool = True) -> bytes:
             identity(9), is_client=True, keylog=None, quic_logger=None
         ),
         path=OUTSIDE,
+        datapath=Datapath(),
         accepts=lambda key: key == target,
         reset_token=lambda cid: bytes(16),
         initial_token=token_maker(target) if with_mac else None,

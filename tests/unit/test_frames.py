@@ -8,8 +8,8 @@ from aioquic.quic.packet import QuicFrameType
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tunnel.datapath.kinds import decode_varint
-from tunnel.quic.frames import copy_header, moves_nobody
+from tests.unit.quic_pair import copy_header
+from tunnel.quic.frames import moves_nobody, one_rtt_packet
 
 CHALLENGE = bytes((QuicFrameType.PATH_CHALLENGE,)) + bytes(8)
 RESPONSE = bytes((QuicFrameType.PATH_RESPONSE,)) + bytes(8)
@@ -31,13 +31,6 @@ def datagram(payload: bytes, *, with_length: bool = True) -> bytes:
 
 COPY = datagram(copy_header(70000) + b"\0E")
 LAST_COPY = datagram(copy_header(70000) + b"\0E", with_length=False)
-
-
-@given(st.integers(0, 2**62 - 1))
-def test_the_head_of_a_copy(root: int) -> None:
-    head = copy_header(root)
-    assert head[0] == 1
-    assert decode_varint(head, 1) == (root, len(head))
 
 
 @pytest.mark.parametrize(
@@ -98,3 +91,47 @@ def test_buffer_errors_are_what_is_caught() -> None:
     with pytest.raises(BufferReadError):
         Buffer(data=b"\x40").pull_uint_var()
     assert not moves_nobody(b"\x40")
+
+
+# the short-header packet of a datagram
+
+SHORT = b"\x40" + bytes(30)
+
+
+def long_packet(payload: bytes, kind: int = 2) -> bytes:
+    """A Handshake packet as far as its header goes (RFC 9000 section 17.2)."""
+    buf = Buffer(capacity=2000)
+    buf.push_uint8(0xC0 | kind << 4)
+    buf.push_uint32(1)
+    buf.push_uint8(8)
+    buf.push_bytes(bytes(8))
+    buf.push_uint8(8)
+    buf.push_bytes(bytes(8))
+    buf.push_uint_var(len(payload))
+    buf.push_bytes(payload)
+    return buf.data
+
+
+@pytest.mark.parametrize("before", [b"", long_packet(bytes(40)), 3 * long_packet(bytes(40))])
+def test_the_short_packet_is_the_last_of_a_datagram(before: bytes) -> None:
+    assert one_rtt_packet(before + SHORT, 8) == SHORT
+
+
+@pytest.mark.parametrize(
+    "datagram",
+    [
+        b"",
+        long_packet(bytes(40)),
+        long_packet(bytes(40))[:-1],
+        b"\xc0",
+    ],
+)
+def test_a_datagram_without_a_short_packet(datagram: bytes) -> None:
+    assert one_rtt_packet(datagram, 8) is None
+
+
+@given(st.binary(max_size=100), st.integers(0, 60))
+def test_no_bytes_before_it_break_anything(data: bytes, cut: int) -> None:
+    for datagram in (data, long_packet(bytes(40))[:cut] + data):
+        found = one_rtt_packet(datagram, 8)
+        assert found is None or (datagram.endswith(found) and not found[0] & 0x80)

@@ -1,204 +1,47 @@
-"""Key updates: nothing is lost, none begins before the last one is acknowledged."""
+"""Key updates over connections: nothing is lost, none begins before the last one is acknowledged.
+
+The generations themselves are tested in `test_native_keys`.
+"""
 
 from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable
+from typing import Any
 
 import pytest
-from aioquic._crypto import CryptoError
-from aioquic.quic.crypto import KeyUnavailableError
 from aioquic.quic.packet_builder import PACKET_NUMBER_SEND_SIZE
 from aioquic.tls import CipherSuite
 
-from tests.unit.quic_pair import CLIENT, Flight, Host, Pair, numbers
+from tests.unit.quic_pair import CLIENT, SHORT_HEADER, Flight, Host, Pair, numbered, numbers
+from tunnel.datapath.engine import Datapath
 from tunnel.path.network import Address
 from tunnel.quic.base import RETIRE_PTOS
-from tunnel.quic.keys import MAX_PACKETS_PER_KEY, OneRttKeys
+from tunnel.quic.keys import LONGER_NUMBER, MAX_PACKETS_PER_KEY, EngineKeys
 
-VERSION = 1
-CIPHERS = [CipherSuite.AES_128_GCM_SHA256, CipherSuite.CHACHA20_POLY1305_SHA256]
-CID = bytes(8)
-
-
-class End:
-    """One end's keys, without a connection around them."""
-
-    def __init__(self, cipher: CipherSuite, read: bytes, write: bytes) -> None:
-        self.opened: list[int] = []
-        self.keys = OneRttKeys(on_opened=self.opened.append)
-        self.keys.recv.setup(cipher_suite=cipher, secret=read, version=VERSION)
-        self.keys.send.setup(cipher_suite=cipher, secret=write, version=VERSION)
-        self.number = 0
-
-    def seal(self, payload: bytes = b"payload") -> bytes:
-        number, self.number = self.number, self.number + 1
-        first = 0x40 | self.keys.key_phase << 2 | PACKET_NUMBER_SEND_SIZE - 1
-        header = bytes((first,)) + CID + number.to_bytes(2)
-        return self.keys.encrypt_packet(header, payload, number)
-
-    def open(self, packet: bytes, expected: int = 0) -> tuple[bytes, int]:
-        _, payload, number = self.keys.decrypt_packet(packet, 1 + len(CID), expected)
-        return payload, number
+CIPHERS = pytest.mark.parametrize(
+    "cipher",
+    [CipherSuite.AES_128_GCM_SHA256, CipherSuite.CHACHA20_POLY1305_SHA256],
+    ids=lambda cipher: cipher.name,
+)
+ENDS = pytest.mark.parametrize("name", ["client", "server"])
+PHASE_BIT = 0x04
 
 
-@pytest.fixture(params=CIPHERS, ids=lambda cipher: cipher.name)
-def ends(request: pytest.FixtureRequest) -> tuple[End, End]:
-    one, two = b"1" * 32, b"2" * 32
-    return End(request.param, one, two), End(request.param, two, one)
+def established(cipher: CipherSuite | None = None, **options: Any) -> Pair:
+    def only(configuration: Any) -> None:
+        if cipher is not None:
+            configuration.cipher_suites = [cipher]
+
+    pair = Pair.established(client_configuration=only, server_configuration=only, **options)
+    pair.exchange()
+    for host in pair.hosts:
+        host.received.clear()
+    return pair
 
 
-def test_half_of_what_aes_gcm_allows() -> None:
-    assert MAX_PACKETS_PER_KEY == 2**23 // 2 == 1 << 22
-    assert OneRttKeys(on_opened=lambda number: None).max_packets == 1 << 22
-
-
-def test_without_keys_there_is_a_name_for_it() -> None:
-    keys = OneRttKeys(on_opened=lambda number: None)
-    with pytest.raises(KeyUnavailableError):
-        keys.decrypt_packet(bytes(50), 9, 0)
-
-
-def test_packets_of_three_generations(ends: tuple[End, End]) -> None:
-    near, far = ends
-    old = [near.seal() for _ in range(3)]
-    near.keys.update_key()
-    new = [near.seal() for _ in range(3)]
-    assert far.open(old[0])[1] == 0
-    assert far.open(new[1])[1] == 4, "the update is taken over from the first packet that opens"
-    assert (far.keys.updates, far.keys.key_phase) == (1, 1)
-    assert far.open(old[2])[1] == 2, "late packets of the old keys still open"
-    assert far.open(new[0])[1] == 3
-    assert far.open(old[1])[1] == 1
-    assert far.opened == [0, 4, 2, 3, 1]
-    far.keys.forget_previous()
-    with pytest.raises(CryptoError):
-        far.open(old[1])
-    assert far.keys.updates == 1
-
-
-def test_header_protection_is_never_updated(ends: tuple[End, End]) -> None:
-    near, _ = ends
-    before = near.keys.send.hp, near.keys.recv.hp
-    secrets = near.keys.send.secret, near.keys.recv.secret
-    near.keys.update_key()
-    assert (near.keys.send.hp, near.keys.recv.hp) == before
-    assert near.keys.send.secret not in secrets and near.keys.recv.secret not in secrets
-
-
-def test_no_second_update_before_the_first_is_acknowledged(ends: tuple[End, End]) -> None:
-    near, far = ends
-    old = near.seal()
-    near.keys.update_key()
-    assert near.keys.updates == 1
-    new = near.seal()
-    near.keys.forget_previous()
-    near.keys.update_key()
-    near.keys.on_acknowledged(0)  # the old packet
-    near.keys.update_key()
-    assert near.keys.updates == 1
-    near.keys.on_acknowledged(1)
-    assert near.keys.can_update
-    near.keys.update_key()
-    assert near.keys.updates == 2
-    for packet in (old, new, near.seal()):
-        far.open(packet)
-    assert far.keys.updates == 2
-
-
-def test_nothing_of_the_new_phase_sent_nothing_acknowledged(ends: tuple[End, End]) -> None:
-    near, _ = ends
-    near.seal()
-    near.keys.update_key()
-    near.keys.forget_previous()
-    near.keys.on_acknowledged(10**9)
-    assert not near.keys.can_update
-
-
-def test_no_second_update_while_the_previous_keys_are_held(ends: tuple[End, End]) -> None:
-    near, _ = ends
-    near.keys.update_key()
-    near.seal()
-    near.keys.on_acknowledged(0)
-    before = near.keys.can_update
-    near.keys.forget_previous()
-    assert (before, near.keys.can_update) == (False, True)
-
-
-def test_an_update_is_wanted_when_the_key_is_worn(ends: tuple[End, End]) -> None:
-    near, _ = ends
-    near.keys.max_packets = 5
-    wanted = []
-    for _ in range(5):
-        near.seal()
-        wanted.append(near.keys.wants_update)
-    near.keys.update_key()
-    near.keys.forget_previous()
-    for number in range(5, 10):  # the count begins anew with the key
-        near.seal()
-        near.keys.on_acknowledged(number)
-        wanted.append(near.keys.wants_update)
-    assert wanted == 2 * [False, False, False, False, True]
-
-
-def test_both_ends_at_once(ends: tuple[End, End]) -> None:
-    near, far = ends
-    old_near, old_far = near.seal(), far.seal()
-    near.keys.update_key()
-    far.keys.update_key()
-    new_near, new_far = near.seal(), far.seal()
-    for end, packets in ((far, [new_near, old_near]), (near, [old_far, new_far])):
-        for packet in packets:
-            end.open(packet)
-    assert (near.keys.updates, far.keys.updates) == (1, 1)
-    assert near.opened == [0, 1] and far.opened == [1, 0]
-
-
-@pytest.mark.parametrize("bit", [0x04, 0x01, 0x20])
-def test_a_forged_packet_updates_nothing(ends: tuple[End, End], bit: int) -> None:
-    near, far = ends
-    packet = bytearray(near.seal())
-    packet[0] ^= bit
-    with pytest.raises(CryptoError):
-        far.open(bytes(packet))
-    assert (far.keys.updates, far.opened) == (0, [])
-    near.keys.update_key()
-    forged = bytearray(near.seal())
-    forged[-1] ^= 1
-    with pytest.raises(CryptoError):
-        far.open(bytes(forged))
-    assert far.keys.updates == 0
-    far.open(near.seal())
-    assert far.keys.updates == 1
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_random_orders_within_a_generation(seed: int) -> None:
-    rng = random.Random(seed)
-    near = End(CIPHERS[0], b"1" * 32, b"2" * 32)
-    far = End(CIPHERS[0], b"2" * 32, b"1" * 32)
-    waiting: list[bytes] = []
-    for generation in range(6):
-        waiting += [near.seal() for _ in range(5)]
-        rng.shuffle(waiting)
-        for packet in waiting:
-            far.open(packet, expected=5 * generation)
-        far.keys.forget_previous()
-        # Late ones of this generation arrive mixed with the next.
-        waiting = [near.seal() for _ in range(3)]
-        near.keys.on_acknowledged(near.number - 1)
-        near.keys.forget_previous()
-        near.keys.update_key()
-    assert near.keys.updates == 6
-    assert sorted(far.opened) == list(range(6 * 8 - 3))
-
-
-# over real connections
-
-
-def shuffled(pair: Pair, rng: random.Random, spread: float) -> Callable[[Flight], list[float]]:
-    return lambda flight: [pair.delay + rng.random() * spread]
+def updates(host: Host) -> int:
+    return host.connection.counters["key_updates"]
 
 
 def both_receive(pair: Pair, count: int) -> None:
@@ -206,25 +49,125 @@ def both_receive(pair: Pair, count: int) -> None:
         assert sorted(numbers(host.received)) == list(range(count))
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_many_updates_both_ways_with_reordering_lose_nothing(seed: int) -> None:
-    pair = Pair.established(max_packets_per_key=10)
-    pair.fate = shuffled(pair, random.Random(seed), 0.02)
+def named(pair: Pair, name: str) -> Host:
+    return pair.client if name == "client" else pair.server
+
+
+def phases(pair: Pair, sender: Host) -> list[tuple[int, int]]:
+    """Key phases of what this host sent, in order, and the packets of each."""
+    seen = [f.packet.key_phase for f in pair.sent(sender) if f.packet is not None]
+    assert None not in seen
+    return [(phase, len(list(group))) for phase, group in itertools.groupby(seen)]
+
+
+def test_half_of_what_aes_gcm_allows() -> None:
+    assert MAX_PACKETS_PER_KEY == 2**23 // 2 == 1 << 22
+
+
+def test_the_longer_number_is_paid_for_where_packets_are_written() -> None:
+    keys = EngineKeys(Datapath().connection())
+    before = keys.aead_tag_size
+    pair = established()
+    assert PACKET_NUMBER_SEND_SIZE + LONGER_NUMBER == 4
     for host in pair.hosts:
-        pair.stream(host, 2000, interval=0.002)
-    pair.run(6.0)
-    both_receive(pair, 2000)
+        assert host.connection._keys.aead_tag_size == before + LONGER_NUMBER
+
+
+@CIPHERS
+def test_a_cipher_carries_data_and_control(cipher: CipherSuite) -> None:
+    pair = established(cipher)
+    assert all(host.connection._keys.send.cipher_suite is cipher for host in pair.hosts)
+    pair.client.connection.send_stream_data(0, b"control")
+    pair.exchange()
+    both_receive(pair, 20)
+    assert [e.data for e in pair.server.events if hasattr(e, "data")] == [b"control"]
+    assert all(host.connection.counters["not_authentic"] == 0 for host in pair.hosts)
+
+
+@CIPHERS
+@ENDS
+def test_either_end_updates(name: str, cipher: CipherSuite) -> None:
+    pair = established(cipher)
+    mine = named(pair, name)
+    for count in range(1, 5):
+        mine.connection._keys.update_key()
+        pair.forget()
+        for host in pair.hosts:
+            host.received.clear()
+        pair.exchange(0.5)
+        both_receive(pair, 50)
+        assert [updates(host) for host in pair.hosts] == [count, count]
+        for host in pair.hosts:
+            assert phases(pair, host)[-1][0] == count % 2
+            assert len(phases(pair, host)) <= 2
+    assert all(host.connection.counters["not_authentic"] == 0 for host in pair.hosts)
+
+
+@CIPHERS
+def test_both_ends_at_once(cipher: CipherSuite) -> None:
+    pair = established(cipher)
+    for host in pair.hosts:
+        host.connection._keys.update_key()
+    pair.exchange()
+    both_receive(pair, 20)
+    assert [updates(host) for host in pair.hosts] == [1, 1]
+
+
+@CIPHERS
+@pytest.mark.parametrize("seed", range(3))
+def test_many_updates_both_ways_with_reordering_lose_nothing(
+    seed: int, cipher: CipherSuite
+) -> None:
+    pair = established(cipher, max_packets_per_key=10)
+    rng = random.Random(seed)
+    pair.fate = lambda flight: [pair.delay + rng.random() * 0.02]
+    for host in pair.hosts:
+        pair.stream(host, 1500, interval=0.002)
+    pair.run(4.0)
+    both_receive(pair, 1500)
     for host in pair.hosts:
         assert host.connection.is_open
-        assert host.connection.counters["key_updates"] >= 10
-    updates = [host.connection._keys.updates for host in pair.hosts]
-    assert max(updates) - min(updates) <= 1, "the last may have been begun and not been heard of"
+        assert updates(host) >= 10
+        assert host.connection.counters["not_authentic"] == 0
+    last = [updates(host) for host in pair.hosts]
+    assert max(last) - min(last) <= 1, "the last may have been begun and not been heard of"
 
 
-def test_a_late_packet_of_the_old_keys_is_delivered() -> None:
-    pair = Pair.established(max_packets_per_key=30)
-    pair.exchange()
-    updates = pair.server.connection._keys.updates
+def test_a_worn_key_is_renewed_without_being_asked() -> None:
+    pair = established(max_packets_per_key=20)
+    pair.exchange(2.0)
+    runs = phases(pair, pair.client)
+    assert len(runs) >= 3
+    # The limit, and what leaves while an update waits for an answer and for the old keys to go.
+    assert max(length for _, length in runs) < 60
+    assert all(one[0] != other[0] for one, other in itertools.pairwise(runs))
+
+
+def test_no_key_update_without_need() -> None:
+    pair = established()
+    pair.exchange(2.0)
+    assert [updates(host) for host in pair.hosts] == [0, 0]
+
+
+@CIPHERS
+def test_control_after_updates(cipher: CipherSuite) -> None:
+    """aioquic's own packets are sealed with the generation that is current."""
+    pair = established(cipher, max_packets_per_key=10)
+    for turn in range(8):
+        pair.exchange(0.3)
+        pair.client.connection.send_stream_data(0, bytes([turn]))
+        pair.pump(pair.client)
+    pair.run(1.0)
+    assert updates(pair.client) >= 3
+    said = [e.data for e in pair.server.events if hasattr(e, "data")]
+    assert b"".join(said) == bytes(range(8))
+
+
+# what comes late
+
+
+def overtaken(pair: Pair) -> Flight:
+    """A packet of the client's old keys that has not arrived, while an update has."""
     held: list[Flight] = []
 
     def fate(flight: Flight) -> list[float]:
@@ -234,83 +177,52 @@ def test_a_late_packet_of_the_old_keys_is_delivered() -> None:
         return [pair.delay]
 
     pair.fate = fate
-    pair.stream(pair.client, 200, interval=0.001)
-    pair.run_until(lambda: pair.server.connection._keys.updates > updates)
-    pair.arrive(held[0])
+    before = updates(pair.server)
+    pair.send(pair.client, numbered(999))
+    pair.client.connection._keys.update_key()
+    pair.stream(pair.client, 50, interval=0.001)
+    pair.run_until(lambda: updates(pair.server) > before)
+    return held[0]
+
+
+@CIPHERS
+def test_a_late_packet_of_the_old_keys_is_delivered(cipher: CipherSuite) -> None:
+    pair = established(cipher)
+    late = overtaken(pair)
+    pair.arrive(late)
     pair.run(1.0)
-    assert sorted(numbers(pair.server.received[-200:])) == list(range(200))
-
-
-def test_updates_wait_for_acknowledgement_on_the_wire() -> None:
-    """Between two changes of the key phase the peer acknowledged a packet of the one between."""
-    pair = Pair.established(max_packets_per_key=3)
-    acknowledged = True
-
-    def fate(flight: Flight) -> list[float]:
-        return [pair.delay] if acknowledged or flight.sender is pair.client else []
-
-    pair.fate = fate
-    pair.exchange()
-    acknowledged = False
-    updates = pair.client.connection._keys.updates
-    pair.stream(pair.client, 100)
-    pair.run(3.0)
-    assert pair.client.connection._keys.updates <= updates + 1
-    acknowledged = True
-    pair.client.connection.path_event(pair.now)
-    pair.pump(pair.client)
-    pair.stream(pair.client, 300)
-    pair.run(3.0)
-    assert pair.client.connection._keys.updates > updates + 1
-    assert pair.client.connection.is_open and pair.server.connection.is_open
+    assert sorted(numbers(pair.server.received)) == [*range(50), 999]
+    assert updates(pair.server) == 1, "it is no update back"
 
 
 def test_previous_keys_are_forgotten_three_pto_after_the_update() -> None:
-    pair = Pair.established(max_packets_per_key=60)
-    pair.exchange()
-    server = pair.server.connection
-    updates = server._keys.updates
-    pair.stream(pair.client, 200, interval=0.001)
-    pair.run_until(lambda: server._keys.updates > updates)
-    began, pto = pair.now, server.active.metrics.probe_timeout(server.max_ack_delay)
-    pair.run(0.9 * RETIRE_PTOS * pto)
-    assert server._keys._previous is not None
-    pair.run_until(lambda: server._keys._previous is None)
-    assert pair.now - began < 1.5 * RETIRE_PTOS * pto + 0.01
+    for early in (True, False):
+        pair = established()
+        server = pair.server.connection
+        late = overtaken(pair)
+        pto = server.active.metrics.probe_timeout(server.max_ack_delay)
+        pair.run((0.9 if early else 1.5) * RETIRE_PTOS * pto + (0.0 if early else 0.01))
+        pair.arrive(late)
+        assert (999 in numbers(pair.server.received)) is early
+        assert server.counters["not_authentic"] == (0 if early else 1)
+        assert updates(pair.server) == 1
 
 
-def test_both_ends_at_once_over_connections() -> None:
-    pair = Pair.established()
-    pair.exchange()
-    for host in pair.hosts:
-        host.connection._keys.update_key()
-    pair.exchange()
-    both_receive_all(pair)
-    for host in pair.hosts:
-        assert host.connection._keys.updates == 1
-
-
-def both_receive_all(pair: Pair) -> None:
-    for host in pair.hosts:
-        assert sorted(numbers(host.received)) == sorted([*range(20), *range(20)])
-
-
-@pytest.mark.parametrize("initiator", ["client", "server"])
-def test_a_peer_that_cannot_hear_of_the_update_stays_readable(initiator: str) -> None:
+@ENDS
+def test_a_peer_that_cannot_hear_of_the_update_stays_readable(name: str) -> None:
     """Its rebinding must be seen, however long our packets have not reached it."""
-    pair = Pair.established(max_packets_per_key=30)
-    pair.exchange(0.1)
-    mine: Host = pair.client if initiator == "client" else pair.server
+    pair = established(max_packets_per_key=100)
+    mine = named(pair, name)
     theirs = pair.other(mine)
     pair.fate = lambda flight: [] if flight.sender is mine else [pair.delay]
-    pair.stream(mine, 40)
+    pair.stream(mine, 120)
     pair.run(10.0)
-    assert mine.connection._keys.updates == theirs.connection._keys.updates + 1
+    assert updates(mine) == updates(theirs) + 1
     mine.received.clear()
     pair.stream(theirs, 5)
     pair.run(0.5)
     assert numbers(mine.received) == list(range(5))
-    if initiator == "server":
+    if name == "server":
         fresh = Address("192.0.2.99", 99)
         pair.rebind(pair.client, CLIENT, fresh)
         pair.fate = None
@@ -319,16 +231,66 @@ def test_a_peer_that_cannot_hear_of_the_update_stays_readable(initiator: str) ->
         assert mine.connection.active.addr.remote == fresh
 
 
-def test_a_phase_change_is_visible_in_the_packets() -> None:
-    pair = Pair.established(max_packets_per_key=20)
-    pair.exchange(1.0)
-    phases = [f.packet.key_phase for f in pair.sent(pair.client) if f.packet is not None]
-    runs = [(phase, len(list(group))) for phase, group in itertools.groupby(phases)]
-    assert len(runs) >= 3
-    assert max(length for _, length in runs) < 60
+def test_updates_wait_for_acknowledgement_on_the_wire() -> None:
+    """Between two changes of the key phase the peer acknowledged a packet of the one between."""
+    pair = established(max_packets_per_key=3)
+    acknowledged = False
+    pair.fate = lambda flight: [pair.delay] if acknowledged or flight.sender is pair.client else []
+    before = updates(pair.client)
+    pair.stream(pair.client, 100)
+    pair.run(3.0)
+    assert updates(pair.client) <= before + 1
+    acknowledged = True
+    pair.client.connection.path_event(pair.now)
+    pair.pump(pair.client)
+    pair.stream(pair.client, 300)
+    pair.run(3.0)
+    assert updates(pair.client) > before + 1
+    assert all(host.connection.is_open for host in pair.hosts)
 
 
-def test_no_key_update_without_need() -> None:
-    pair = Pair.established()
-    pair.exchange(2.0)
-    assert [host.connection.counters["key_updates"] for host in pair.hosts] == [0, 0]
+# what is forged
+
+
+@pytest.mark.parametrize("bits", [PHASE_BIT, 0x01, 0x20, 0x18])
+def test_a_changed_first_byte_updates_nothing(bits: int) -> None:
+    pair = established()
+    pair.fate = lambda flight: []
+    pair.send(pair.client, numbered(0))
+    flight = pair.log[-1]
+    data = bytearray(flight.data)
+    data[0] ^= bits
+    pair.hand(pair.server, bytes(data), pair.server.connection.active.addr)
+    assert pair.server.connection.counters["not_authentic"] == 1
+    assert updates(pair.server) == 0 and not pair.server.received
+    assert pair.server.connection.is_open
+    pair.hand(pair.server, flight.data, pair.server.connection.active.addr)
+    assert numbers(pair.server.received) == [0], "the keys are what they were"
+
+
+@CIPHERS
+def test_random_bytes_update_nothing(cipher: CipherSuite) -> None:
+    pair = established(cipher)
+    rng = random.Random(4)
+    cid = pair.server.connection.host_cids()[0]
+    for _ in range(300):
+        tail = rng.randbytes(rng.randrange(0, 60))
+        data = bytes([0x40 | rng.randrange(64)]) + cid + tail
+        pair.hand(pair.server, data, pair.server.connection.active.addr)
+    assert updates(pair.server) == 0
+    assert 100 < pair.server.connection.counters["not_authentic"] <= 300
+    pair.exchange()
+    both_receive(pair, 20)
+
+
+def test_every_packet_has_a_number_of_four_bytes() -> None:
+    """Any number of packets may be in flight (RFC 9000 section 17.1)."""
+    pair = established()
+    pair.client.connection.send_stream_data(0, b"x")
+    pair.exchange()
+    protection = pair.server.connection._keys.recv.hp
+    assert protection is not None
+    for flight in pair.sent(pair.client):
+        if flight.packet is not None:
+            header, _ = protection.remove(flight.data, SHORT_HEADER)
+            assert header[0] & 3 == 3 and len(header) == SHORT_HEADER + 4

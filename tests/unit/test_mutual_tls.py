@@ -194,6 +194,7 @@ def test_each_end_judges_with_its_own_predicate() -> None:
             PEER, is_client=False, keylog=None, quic_logger=None
         ),
         path=PathKey(SERVER, CLIENT),
+        datapath=pair.server.datapath,
         accepts=accepts,
         reset_token=lambda cid: bytes(16),
         original_destination_connection_id=(

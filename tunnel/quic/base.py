@@ -5,7 +5,6 @@ and what may be done with them, in `sender` what leaves on which path, in `conne
 migration. aioquic is always told one constant address, `STAND_IN`.
 """
 
-from collections import deque
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -27,19 +26,18 @@ from aioquic.quic.packet_builder import (
     QuicDeliveryState,
     QuicPacketBuilder,
 )
+from aioquic.quic.recovery import QuicPacketRecovery
 
+from tunnel.datapath.engine import Connection, Datapath, Lane
+from tunnel.path.liveness import suspect_deadline
 from tunnel.path.network import Address, PathKey
 from tunnel.path.path import PathState
-from tunnel.quic.datagrams import Datapath, PullQueue
-from tunnel.quic.keys import OneRttKeys
+from tunnel.quic.keys import MAX_PACKETS_PER_KEY, EngineKeys
 from tunnel.quic.mutual_tls import KeyPredicate, PinnedContext
 from tunnel.quic.paths import START_MTU, ApparentMove, NetworkPath, Received
-from tunnel.quic.recovery import PathMetrics, Recovery
+from tunnel.quic.recovery import MAX_PTO_INTERVAL, EngineRecovery, HandshakeRecovery
 
-DUPLICATE_WINDOW = 8192
-"""Packet numbers. aioquic's 128 are 32 ms at 4,000 packets a second: every late packet of the old
-path would be taken for a duplicate after a switch."""
-MAX_ACK_DELAY_MS = 5  # announced, and held: aioquic acknowledges after 1 ms
+MAX_ACK_DELAY_MS = 5  # announced, and held: the engine acknowledges after 1 ms
 MAX_PATHS = 32
 MAX_VALIDATION_TRIES = 5
 RESERVED_CIDS = 2
@@ -63,6 +61,7 @@ class PathConnection(QuicConnection):
         *,
         configuration: QuicConfiguration,
         path: PathKey,
+        datapath: Datapath,
         accepts: KeyPredicate,
         reset_token: Callable[[bytes], bytes],
         initial_token: Callable[[bytes], bytes] | None = None,
@@ -70,55 +69,42 @@ class PathConnection(QuicConnection):
         retry_source_connection_id: bytes | None = None,
         max_packets_per_key: int | None = None,
     ) -> None:
+        self._engine = datapath.connection()
+        """This connection's side of the native engine; idle until the handshake is confirmed."""
+        self._number = 0
+        self._handed_over = False
         super().__init__(
             configuration=configuration,
             original_destination_connection_id=original_destination_connection_id,
             retry_source_connection_id=retry_source_connection_id,
         )
+        self._loss.__class__ = HandshakeRecovery  # aioquic offers no way to pass one in
+        self._engine.owner = self
+        self._datapath = datapath
+        self._lane: Lane | None = None
         self._accepts = accepts
         self._reset_token = reset_token
         self._now = 0.0
-        self.heard_at: float | None = None
-        """When the last authentic packet came in, on any path."""
+        self._first_heard: float | None = None
         self.dial_paths: list[PathKey] = [path] if configuration.is_client else []
         self._first_flight: list[bytes] = []
         self._late_flight: list[tuple[bytes, NetworkAddress]] = []
         self._established = False
-        self._datapath: Datapath | None = None
-        self._keys = OneRttKeys(on_opened=self._on_opened)
-        if max_packets_per_key is not None:
-            self._keys.max_packets = max_packets_per_key
-        self._forget_keys_at: float | None = None
+        self._keys = EngineKeys(self._engine)
+        self._engine.configure(
+            max_sealed=max_packets_per_key or MAX_PACKETS_PER_KEY, max_pto=MAX_PTO_INTERVAL
+        )
+        self._recovery: EngineRecovery | None = None
 
         self._paths: dict[PathKey, NetworkPath] = {}
-        self.active = self._paths[path] = NetworkPath(path, self._new_metrics())
+        self._active = self._paths[path] = self._new_path(path)
         self._retiring: list[tuple[float, QuicConnectionId]] = []  # replaced on a path in use
         self._apparent: ApparentMove | None = None
-        self._largest_moving = -1
-        self._peer_path = self.active
-        """Where the peer's newest packet that means to move came from."""
         self._settled_in_at = 0.0
-        self._sent_copies: list[tuple[int, bytes]] = []
-        self._datagram_in_packet = -1
-        self.counters = {
-            "duplicates": 0,
-            "cid_shortages": 0,
-            "moves_contested": 0,
-            "copies_sent": 0,
-            "key_updates": 0,
-        }
-
+        self._announced: tuple[bytes, ...] = ()
+        self._counters = {"cid_shortages": 0, "moves_contested": 0}
         self._rx = Received(self.active)
 
-        self._recovery = Recovery(
-            first=self.active.metrics,
-            peer_completed_address_validation=not self._is_client,
-            send_probe=self._send_probe,
-            on_acknowledged=self._keys.on_acknowledged,
-            logger=self._logger,
-            quic_logger=self._quic_logger,
-        )
-        self._loss = cast(Any, self._recovery)
         first = self._host_cids[0]
         if not self._is_client:
             first.stateless_reset_token = reset_token(first.cid)
@@ -142,15 +128,66 @@ class PathConnection(QuicConnection):
             self.dial_paths.append(key)
             self._late_flight += [(data, key) for data in self._first_flight]
 
-    def attach(self, datapath: Datapath) -> None:
-        """Connect the data path: from here on it is pulled from and fed."""
-        self._datapath = datapath
-        self._datagrams_pending = cast(Any, PullQueue(datapath))
+    def attach(self, lane: Lane) -> None:
+        """Connect the data path of the peer: what waits there leaves, what arrives goes there."""
+        self._lane = lane
+        self._engine.attach(lane)
 
     def detach(self) -> None:
         """Take the data path away again (another connection carries on)."""
-        self._datapath = None
-        self._datagrams_pending = deque()
+        if self._lane is not None:
+            self._lane = None
+            self._engine.detach()
+
+    @property
+    def engine(self) -> Connection:
+        """The native engine's side, which reports events."""
+        return self._engine
+
+    @property
+    def heard_at(self) -> float | None:
+        """When the last authentic packet came in, on any path."""
+        return self._engine.heard_at if self._handed_over else self._first_heard
+
+    @property
+    def counters(self) -> dict[str, int]:
+        return {
+            **self._counters,
+            **self._engine.counters,
+            "key_updates": self._engine.key_updates if self._handed_over else 0,
+        }
+
+    # what aioquic keeps in attributes, and the engine knows
+
+    @property
+    def _packet_number(self) -> int:
+        return self._engine.number if self._handed_over else self._number
+
+    @_packet_number.setter
+    def _packet_number(self, value: int) -> None:
+        if self._handed_over:
+            self._engine.number = value
+        else:
+            self._number = value
+
+    @property
+    def active(self) -> NetworkPath:
+        """The path we send on."""
+        return self._active
+
+    @active.setter
+    def active(self, path: NetworkPath) -> None:
+        self._active = path
+        self._engine.activate(path.metrics, self._now)
+
+    @property
+    def _peer_path(self) -> NetworkPath:
+        """Where the peer's newest packet that means to move came from."""
+        return cast(NetworkPath, self._engine.peer_path.owner)
+
+    @_peer_path.setter
+    def _peer_path(self, path: NetworkPath) -> None:
+        self._engine.peer_path = path.metrics
 
     def paths(self) -> list[NetworkPath]:
         """All known paths, the active one first."""
@@ -171,7 +208,7 @@ class PathConnection(QuicConnection):
 
     @property
     def max_ack_delay(self) -> float:
-        return self._recovery.max_ack_delay
+        return self._loss.max_ack_delay
 
     @property
     def proven_remote(self) -> Address:
@@ -205,23 +242,74 @@ class PathConnection(QuicConnection):
         super()._initialize(peer_cid)
         PinnedContext.adopt(self.tls, is_client=self._is_client, accepts=self._accepts)
         self._cryptos[tls.Epoch.ONE_RTT] = self._keys
-        self._spaces[tls.Epoch.ONE_RTT].received_packets._size = DUPLICATE_WINDOW
-
-    def _on_opened(self, packet_number: int) -> None:
-        self._rx.number = packet_number
 
     def _adopt_handshake_path(self, path: NetworkPath, now: float) -> None:
         """Until the handshake is confirmed, the newest authentic packet says where to answer."""
         if path is not self.active:
-            path.metrics = self.active.metrics
+            others = list(self._paths.values())
             self.active = path
             self._paths = {path.addr: path}
+            for other in others:
+                other.metrics.remove()
         if self._handshake_confirmed:
+            self._hand_over(now)
             self._established = True
             path.state = PathState.VALIDATED
             path.address_validated = True
             path.peer_cid = self._peer_cid
             path.used_at = now
+            self._peer_path = path
+
+    def _hand_over(self, now: float) -> None:
+        """The 1-RTT packet number space goes to the engine, with everything outstanding in it."""
+        engine, space = self._engine, self._spaces[tls.Epoch.ONE_RTT]
+        handshake: QuicPacketRecovery = self._loss
+        path = self.active.metrics
+        if handshake._rtt_initialized:
+            # The smallest: the others have the certificates' arithmetic in them.
+            path.add_rtt(handshake._rtt_min, 0.0)
+        engine.configure(
+            peer_ack_exponent=self._remote_ack_delay_exponent,
+            max_ack_delay=handshake.max_ack_delay,
+        )
+        self._recovery = EngineRecovery(
+            engine, max_ack_delay=handshake.max_ack_delay, send_probe=self._send_probe
+        )
+        self._keys.start(now)
+        outstanding = sorted(space.sent_packets.items())
+        for number, packet in outstanding:
+            engine.number = number
+            self._recovery.on_packet_sent(packet=packet, space=space)
+        engine.number = self._number
+        self._handed_over = True
+        self._loss = cast(Any, self._recovery)
+        for block in space.ack_queue:
+            for number in range(block.start, block.stop):
+                engine.note_received(number)
+        if space.ack_at is not None:
+            engine.acknowledge_at(now)
+        space.ack_at = None
+        space.sent_packets.clear()
+        self._announce_cids()
+        self._set_patience()
+
+    def _set_patience(self) -> None:
+        """After how much silence on the active path the engine wakes us."""
+        metrics = self.active.metrics
+        self._engine.patience = suspect_deadline(
+            has_rtt=metrics.has_rtt,
+            expected_rtt=metrics.initial_rtt,
+            rtt_smoothed=metrics.rtt_smoothed,
+            rtt_variance=metrics.rtt_variance,
+            max_ack_delay=self.max_ack_delay,
+        )
+
+    def _announce_cids(self) -> None:
+        """Tell the engine which connection IDs are ours."""
+        cids = tuple(self.host_cids())
+        if cids != self._announced:
+            self._announced = cids
+            self._engine.set_host_cids(cids)
 
     def _serialize_transport_parameters(self) -> bytes:
         parameters = pull_quic_transport_parameters(
@@ -242,6 +330,8 @@ class PathConnection(QuicConnection):
             return
         if self.active.peer_cid is not None:
             self.active.peer_cid = self._peer_cid
+        else:
+            self.active.metrics.set_cid(self._peer_cid.cid)  # borrowed, see `_take_cid`
         # What the peer wants back (aioquic knows nothing of these) is due at once.
         self._retiring = [
             (context.time if cid.sequence_number < self._peer_retire_prior_to else at, cid)
@@ -270,7 +360,9 @@ class PathConnection(QuicConnection):
         """
         reserve = 0 if path is self.active or path.remote_challenges else RESERVED_CIDS
         if path.peer_cid is None and len(self._peer_cid_available) <= reserve:
-            self.counters["cid_shortages"] += path is self.active
+            if path is self.active:
+                self._counters["cid_shortages"] += 1
+                path.metrics.set_cid(self._peer_cid.cid)  # borrowed: better linked than silent
             return False
         if path.peer_cid is None:
             path.peer_cid = self._peer_cid_available.pop(0)
@@ -313,27 +405,23 @@ class PathConnection(QuicConnection):
         elif path.peer_cid is not None:
             self._retire_peer_cid(path.peer_cid)
         path.peer_cid = None
-        self._recovery.requeue_frames(path.metrics)
-        path.metrics.sent.clear()
-        path.metrics.outstanding = path.metrics.outstanding_handshake = 0
-        path.metrics.cc.bytes_in_flight = 0
-        path.metrics.waiting_since = path.metrics.loss_time = None
+        path.metrics.abandon()  # its frames are sent again: the engine reports them lost
 
     # paths
 
-    def _new_metrics(self) -> PathMetrics:
-        metrics = PathMetrics(
-            max_datagram_size=START_MTU, initial_rtt=self._configuration.initial_rtt
-        )
+    def _new_path(self, key: PathKey) -> NetworkPath:
+        initial_rtt = self._configuration.initial_rtt
         if self._paths and self.active.metrics.has_rtt:
             # A challenge on a path never measured is repeated in the rhythm of the last one.
-            metrics.initial_rtt = max(self.active.metrics.rtt_smoothed, 0.01)
-        return metrics
+            initial_rtt = max(self.active.metrics.rtt_smoothed, 0.01)
+        metrics = self._engine.add_path(START_MTU, initial_rtt)
+        self._datapath.aim(metrics, key)
+        return NetworkPath(key, metrics)
 
     def _path(self, key: PathKey) -> NetworkPath:
         path = self._paths.get(key)
         if path is None:
-            path = NetworkPath(key, self._new_metrics())
+            path = self._new_path(key)
             path.address_validated = self._knows_address(path)
             for other in self._paths.values():
                 if other.addr.remote == key.remote and not path.address_validated:
@@ -351,12 +439,10 @@ class PathConnection(QuicConnection):
             spare = [p for p in self._paths.values() if p.addr not in kept]
             victim = min(spare, key=lambda p: (p.state is PathState.VALIDATED, p.used_at))
             self._retire_path(victim)
-            self._recovery.forget(victim.metrics)
+            victim.metrics.remove()
             del self._paths[victim.addr]
         path.used_at = self._now
         self._paths[path.addr] = path
-        if path.metrics not in self._recovery.paths:
-            self._recovery.paths.append(path.metrics)
 
     def _knows_address(self, path: NetworkPath) -> bool:
         return any(
@@ -371,9 +457,11 @@ class PathConnection(QuicConnection):
         path.used_at = now
         self.active = path
         self._take_cid(path)
-        self._recovery.active = self._recovery.sending = path.metrics
-        self._recovery.pto_count = 0
-        self._recovery.requeue_frames(old.metrics)
+        if self._recovery is not None:
+            self._recovery.sending = path.metrics
+            self._recovery.requeue_frames(old.metrics)
+            self._set_patience()
+        path.pmtu.revalidate(now)
         self._leave_path(old)
         if challenge:
             self._challenge(path)
@@ -410,13 +498,3 @@ class PathConnection(QuicConnection):
         network_path.challenged_at = self._now
         network_path.challenge_times.append(self._now)
         network_path.challenge_count += 1
-
-    # keys
-
-    def _watch_key_updates(self, now: float) -> None:
-        """Old read keys go 3 PTO after the peer was heard with the new ones, not before."""
-        if self._keys.updates != self.counters["key_updates"]:
-            self.counters["key_updates"] = self._keys.updates
-            self._forget_keys_at = None
-        if self._forget_keys_at is None and self._keys.update_is_mutual:
-            self._forget_keys_at = now + RETIRE_PTOS * self._recovery.get_probe_timeout()

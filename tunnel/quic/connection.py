@@ -18,6 +18,7 @@ alike for both roles:
 A packet whose only non-probing frames are copies moves nobody (docs/protocol.md).
 """
 
+import errno
 from typing import Any, cast
 
 from aioquic import tls
@@ -25,20 +26,27 @@ from aioquic.buffer import Buffer
 from aioquic.quic.connection import (
     END_STATES,
     NetworkAddress,
+    QuicConnectionError,
     QuicReceiveContext,
 )
 from aioquic.quic.packet import (
     QuicFrameType,
 )
+from aioquic.quic.packet_builder import QuicDeliveryState
 
+from tunnel.datapath.congestion import Sample
+from tunnel.datapath.engine import Path
+from tunnel.datapath.native.engine import Opened
 from tunnel.path.network import PathKey
 from tunnel.path.path import PathState
 from tunnel.quic.base import MAX_VALIDATION_TRIES, STAND_IN
-from tunnel.quic.events import MoveContested, PathFailed, PathValidated, PeerMoved
-from tunnel.quic.frames import moves_nobody
+from tunnel.quic.events import MoveContested, PathFailed, PathRefused, PathValidated, PeerMoved
+from tunnel.quic.frames import moves_nobody, one_rtt_packet
 from tunnel.quic.paths import ApparentMove, NetworkPath, Received
 from tunnel.quic.sender import SendingConnection
 
+TURN = 0.0005
+"""Seconds of the path's rate that a flow may send before the next one's turn."""
 VALIDATION_PTOS = 3  # RFC 9000 section 8.2.4
 CROSSING = 0.05
 """Seconds, beyond two round trips, in which a move of the peer to a path we know is taken for one
@@ -87,9 +95,10 @@ class PeerConnection(SendingConnection):
     def path_event(self, now: float) -> None:
         """The network changed: forget the back-off and find out at once where we stand."""
         self._now = now
-        if self._recovery.pto_count > 1:
+        if self._engine.pto_count > 1:
             self.active.metrics.forgive()
-        self._recovery.pto_count = 0
+        self._engine.pto_count = 0
+        self.active.pmtu.revalidate(now)
         if self.is_open:
             if not self.active.is_validated:
                 self._challenge(self.active)
@@ -99,58 +108,66 @@ class PeerConnection(SendingConnection):
 
     def receive_datagram(self, data: bytes, addr: NetworkAddress, now: float) -> None:
         key = cast(PathKey, addr)
+        self._now = now
         path = self._paths.get(key)
         if path is None:
-            path = NetworkPath(key, self._new_metrics())
+            path = self._new_path(key)
             path.address_validated = self._knows_address(path)
+        if self._engine.running:
+            self._receive_short(path, data, now)
+        else:
+            self._receive_handshake(path, data, now)
+        if path.addr not in self._paths or self._paths[path.addr] is not path:
+            path.metrics.remove()  # nothing authentic came from there
+
+    def _receive_handshake(self, path: NetworkPath, data: bytes, now: float) -> None:
         path.bytes_received += len(data)
-        self._now = now
         self._rx = Received(path)
-        self._recovery.arriving = path.metrics
         super().receive_datagram(data, STAND_IN, now)
-        if self._state in END_STATES:
+        if self._state not in END_STATES and not self._established and self._rx.processed:
+            self._adopt_handshake_path(path, now)
+
+    def _receive_short(self, path: NetworkPath, data: bytes, now: float) -> None:
+        """The 1-RTT packet of a datagram; what stands before it is of a handshake long done."""
+        packet = one_rtt_packet(data, self._configuration.connection_id_length)
+        if packet is None:
             return
-        if not self._established:
-            if self._rx.processed:
-                self._adopt_handshake_path(path, now)
-        elif self._rx.number is not None:
-            self._packet_opened(path, self._rx.number, now)
+        self._engine.receive(path.metrics, packet, now)
+        self.collect(now)
 
     def get_timer(self) -> float | None:
         if not self._established or self._state in END_STATES or not self._network_paths:
             return super().get_timer()
-        # What the 3x limit forbids to send must not be waited for: aioquic looks at its own path.
-        stand_in, path = self._network_paths[0], self.active
-        stand_in.is_validated = path.sendable() is None
-        stand_in.bytes_received, stand_in.bytes_sent = path.bytes_received, path.bytes_sent
-        timer = super().get_timer()
-        stand_in.is_validated = True
-        times = [t for t in (timer, self._forget_keys_at, self._settle_at()) if t is not None]
+        times = [super().get_timer(), self._settle_at()]
         times += [at for at, _ in self._retiring]
+        if not self._datapath.driven:
+            times.append(self._engine.get_timer())
+        if self._may_probe_mtu(self._active):
+            times.append(self._active.pmtu.next_at())
         for path in self._paths.values():
-            if path.retire_at is not None:
-                times.append(path.retire_at)
+            times.append(path.retire_at)
             if path.challenge_due and path.local_challenge_sent:
                 times.append(self._challenge_retry_at(path))
-        return min(times) if times else None
+        return min((at for at in times if at is not None), default=None)
 
     def handle_timer(self, now: float) -> None:
         self._now = now
-        pto_count = self._recovery.pto_count
+        if self._established and self._close_at is not None and self._state not in END_STATES:
+            # The engine's packets count for the idle timeout, too.
+            self._close_at = max(self._close_at, self._engine.heard_at + self._idle_timeout())
+        asked = 0 if self._established else self._loss._pto_count
         super().handle_timer(now)
         if self._state in END_STATES:
             return
         if not self._established:
-            if self._recovery.pto_count > pto_count and self._keys.send.is_valid():
+            if self._loss._pto_count > asked and self._keys.send.is_valid():
                 # The acceptor may have dropped the handshake's keys already, and wait at an
                 # address that our NAT has changed since: a 1-RTT probe tells it where we are.
                 self.send_ping(0)
             return
-        if self._recovery.pto_count > pto_count and not self.active.is_validated:
-            self._challenge(self.active)  # every probe of an unproven path asks again
-        if self._forget_keys_at is not None and now >= self._forget_keys_at:
-            self._keys.forget_previous()
-            self._forget_keys_at = None
+        if not self._datapath.driven:
+            self._engine.handle_timer(now)
+        self.collect(now)
         self._judge_apparent(now)
         due = [cid for at, cid in self._retiring if at <= now]
         if due:
@@ -167,36 +184,140 @@ class PeerConnection(SendingConnection):
             if path.retire_at is not None and now >= path.retire_at:
                 self._retire_path(path)
 
+    # what the engine reports
+
+    def collect(self, now: float) -> bool:
+        """Look at what the engine reports; True when there may be control packets to send."""
+        self._now = now
+        busy = False
+        while (report := self._engine.take(now)) is not None:
+            for sample in report.samples or ():
+                busy = self._on_sample(sample, now) or busy
+            if report.routine:
+                continue
+            busy = True
+            if self._recovery is not None:
+                self._recovery.settled(report.acked or (), QuicDeliveryState.ACKED)
+                self._recovery.settled(report.lost or (), QuicDeliveryState.LOST)
+            if report.keys:
+                self._keys.derive_next()
+            if report.pto:
+                self._on_probe_timeout()
+            for opened in report.opened or ():
+                if not opened.path.removed and self._state not in END_STATES:
+                    self._on_opened(opened, now)
+            if report.error is not None:
+                code, frame, reason = report.error
+                self.close(error_code=code, frame_type=frame, reason_phrase=reason)
+            for metrics, error in report.refused or ():
+                self._on_refused(metrics.owner, error, now)
+        return busy
+
+    def _on_sample(
+        self,
+        sample: tuple[Path, int, int, int, float, float, bool, int, int, bool],
+        now: float,
+    ) -> bool:
+        metrics, acked, lost, in_flight, rtt, rate, limited, delivered, before, spurious = sample
+        path: NetworkPath = metrics.owner
+        controller = path.controller
+        if spurious:
+            controller.on_spurious_loss()
+        controller.on_sample(
+            Sample(now, acked, lost, in_flight, rtt, rate, limited, delivered, before)
+        )
+        metrics.set_rate(int(controller.window), controller.pacing_rate)
+        if path is not self._active:
+            return False
+        self._set_patience()
+        if self._lane is not None:
+            self._lane.set_quantum(int(controller.pacing_rate * TURN))
+        return bool(metrics.large_lost) and self._judge_size(path, now)
+
+    def _on_refused(self, path: NetworkPath, error: int, now: float) -> None:
+        if error == errno.EMSGSIZE:
+            self.shrink(path.addr, now)
+        else:
+            self._events.append(PathRefused(path.addr, error))
+
+    def _on_probe_timeout(self) -> None:
+        assert self._recovery is not None
+        self._recovery.timed_out()
+        if not self.active.is_validated:
+            self._challenge(self.active)  # every probe of an unproven path asks again
+
+    def _on_opened(self, opened: Opened, now: float) -> None:
+        """A packet that holds frames for aioquic, or perhaps a move."""
+        path: NetworkPath = opened.path.owner
+        if opened.duplicate:
+            self._duplicate(path, opened.number, now)
+            return
+        self._rx = Received(path, opened.number, opened.cid, processed=True, moving=opened.moving)
+        if opened.frames:
+            self._payload(opened, now)
+            if self._state in END_STATES or self._close_pending:
+                return
+        self._packet_opened(path, opened.number, now)
+
+    def _payload(self, opened: Opened, now: float) -> None:
+        frames: list[dict[str, Any]] | None = None
+        if self._quic_logger is not None:
+            frames = []
+            self._quic_logger.log_event(
+                category="transport",
+                event="packet_received",
+                data={
+                    "frames": frames,
+                    "header": {
+                        "packet_number": opened.number,
+                        "packet_type": "1RTT",
+                        "dcid": opened.cid.hex(),
+                        "scid": "",
+                    },
+                    "raw": {"length": len(opened.plain)},
+                },
+            )
+        context = QuicReceiveContext(
+            epoch=tls.Epoch.ONE_RTT,
+            host_cid=opened.cid,
+            network_path=self._network_paths[0],
+            quic_logger_frames=frames,
+            time=now,
+            version=self._version,
+        )
+        try:
+            self._payload_received(context, opened.plain)
+        except QuicConnectionError as error:
+            self.close(
+                error_code=error.error_code,
+                frame_type=error.frame_type,
+                reason_phrase=error.reason_phrase,
+            )
+
     # receiving
 
     def _payload_received(
         self, context: QuicReceiveContext, plain: bytes, crypto_frame_required: bool = False
     ) -> tuple[bool, bool]:
         self._rx.processed = True
-        self.heard_at = self._now
+        if not self._handed_over:
+            self._first_heard = self._now
         ack_eliciting, probing = super()._payload_received(
             context, plain, crypto_frame_required=crypto_frame_required
         )
-        if context.epoch is not tls.Epoch.ONE_RTT:
-            return ack_eliciting, probing
-        self._rx.host_cid = context.host_cid
-        self._rx.moving = not probing and not moves_nobody(plain)
+        if context.epoch is tls.Epoch.ONE_RTT and not probing and not moves_nobody(plain):
+            self._rx.moving = True
         # aioquic is told that every packet only probes, so that it leaves paths alone.
-        return ack_eliciting, True
+        return ack_eliciting, probing if context.epoch is not tls.Epoch.ONE_RTT else True
 
     def _packet_opened(self, path: NetworkPath, number: int, now: float) -> None:
-        self.heard_at = now
-        if not self._rx.processed:
-            self.counters["duplicates"] += 1
-            self._duplicate(path, number, now)
-            return
         if path.addr not in self._paths:
             self._register(path)
         if path.host_cid is None and not self._rx.moving:
             path.host_cid = self._rx.host_cid
-        if not self._rx.moving or number <= self._largest_moving:
+        if not self._rx.moving or number <= self._engine.largest_moving:
             return
-        self._largest_moving = number
+        self._engine.largest_moving = number
         host_cid = self._rx.host_cid
         before, self._peer_path = self._peer_path, path
         # Only a change is a move: after a move of ours the peer's packets still come in on the
@@ -236,8 +357,7 @@ class PeerConnection(SendingConnection):
         else:
             same_host = path.addr.remote.host == old.addr.remote.host
             if same_host and path.addr.local == old.addr.local:
-                path.metrics.inherit(old.metrics)  # RFC 9000 section 9.4
-                path.mtu, path.mtu_probes = old.mtu, old.mtu_probes
+                path.inherit(old)  # RFC 9000 section 9.4
             proven = apparent.old if apparent is not None and not apparent.settled else old
             self._switch(path, now, challenge=True)
             proven.retire_at = None
@@ -246,10 +366,12 @@ class PeerConnection(SendingConnection):
                 2 * self._configuration.initial_rtt,
             )
             self._apparent = ApparentMove(proven, path, number, now + VALIDATION_PTOS * patience)
-            if proven.state is not PathState.GONE:
+            if proven.state is not PathState.GONE and not proven.challenge_due:
+                # Once, however many addresses follow: every answer is a packet that somebody may
+                # send from yet another one.
                 self._challenge(proven)
         # Tell the peer at once that its move was seen: it waits for this acknowledgement.
-        self._spaces[tls.Epoch.ONE_RTT].ack_at = now
+        self._engine.acknowledge_at(now)
 
     def _forget_apparent(self) -> None:
         apparent, self._apparent = self._apparent, None
@@ -292,7 +414,7 @@ class PeerConnection(SendingConnection):
                 )
         refused.challenge_due = False
         self._peer_path = apparent.old
-        self.counters["moves_contested"] += 1
+        self._counters["moves_contested"] += 1
         self._apparent = None
         self._switch(apparent.old, now, challenge=apparent.old.state is not PathState.VALIDATED)
         self._events.append(MoveContested(refused.addr, apparent.old.addr))
@@ -313,8 +435,18 @@ class PeerConnection(SendingConnection):
             context.quic_logger_frames.append(
                 self._quic_logger.encode_datagram_frame(length=length)
             )
-        if self._datapath is not None and self._rx.number is not None:
-            self._datapath.received(self._rx.number, payload, context.time)
+        if self._handed_over and self._rx.number is not None:
+            self._engine.datagram(self._rx.number, payload, context.time)
+
+    def _handle_ack_frame(self, context: QuicReceiveContext, frame_type: int, buf: Buffer) -> None:
+        if not self._handed_over:
+            super()._handle_ack_frame(context, frame_type, buf)
+            return
+        start = buf.tell()
+        frame = buf.data_slice(start, buf.capacity)
+        ecn = frame_type == QuicFrameType.ACK_ECN
+        used = self._engine.ack_frame(self._rx.path.metrics, frame, ecn, context.time)
+        buf.seek(start + max(used, 0))  # a malformed one is reported as an error
 
     def _handle_path_challenge_frame(
         self, context: QuicReceiveContext, frame_type: int, buf: Buffer
@@ -346,7 +478,7 @@ class PeerConnection(SendingConnection):
         path.challenge_times.clear()
         path.challenge_count = 0
         if not path.metrics.has_rtt:
-            path.metrics.add_rtt(rtt, 0.0, now)
+            path.metrics.add_rtt(rtt, 0.0)
         path.advance(PathState.VALIDATED)
         path.validation_deadline = None
         for other in self._paths.values():

@@ -15,7 +15,7 @@ from aioquic.quic.events import (
 from tunnel.control import ApplicationError, ControlError, ControlReader, Hello, Message, encode
 from tunnel.path.network import PathKey
 from tunnel.quic.connection import PeerConnection
-from tunnel.quic.events import MoveContested, PathFailed, PathValidated, PeerMoved
+from tunnel.quic.events import MoveContested, PathFailed, PathRefused, PathValidated, PeerMoved
 
 CONTROL_STREAM = 0  # client-initiated, bidirectional
 
@@ -61,6 +61,7 @@ SessionEvent: TypeAlias = (
     | PathFailed
     | PeerMoved
     | MoveContested
+    | PathRefused
 )
 
 
@@ -103,7 +104,9 @@ class Session:
                 yield CidIssued(event.connection_id)
             elif isinstance(event, ConnectionIdRetired):
                 yield CidRetired(event.connection_id)
-            elif isinstance(event, PathValidated | PathFailed | PeerMoved | MoveContested):
+            elif isinstance(
+                event, PathValidated | PathFailed | PeerMoved | MoveContested | PathRefused
+            ):
                 yield event
 
     def _control(self, event: StreamDataReceived) -> Iterator[SessionEvent]:

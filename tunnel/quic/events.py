@@ -39,3 +39,11 @@ class MoveContested(QuicEvent):
 
     refused: PathKey
     kept: PathKey
+
+
+@dataclass
+class PathRefused(QuicEvent):
+    """A socket refused to send on `path`, with this errno: known at once, and of one path."""
+
+    path: PathKey
+    error: int

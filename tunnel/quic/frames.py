@@ -1,16 +1,13 @@
 """The little of RFC 9000 section 19 that is read beside aioquic: does a packet mean to move?"""
 
 from aioquic.buffer import Buffer, BufferReadError
-from aioquic.quic.packet import QuicFrameType
-
-from tunnel.datapath.kinds import KIND_COPY, encode_varint
+from aioquic.quic.packet import QuicFrameType, pull_quic_header
 
 _PATH_FRAMES = (QuicFrameType.PATH_CHALLENGE, QuicFrameType.PATH_RESPONSE)
 
 
-def copy_header(root: int) -> bytes:
-    """What stands before the payload of a copy: the kind, and the number that names it."""
-    return bytes((KIND_COPY,)) + encode_varint(root)
+KIND_COPY = 1
+"""Of a datagram's payload: a copy of one that left before (docs/protocol.md)."""
 
 
 def moves_nobody(plain: bytes) -> bool:
@@ -36,3 +33,20 @@ def moves_nobody(plain: bytes) -> bool:
     except BufferReadError:
         return False
     return True
+
+
+def one_rtt_packet(datagram: bytes, cid_length: int) -> bytes | None:
+    """The short-header packet of a datagram, which is its last one (RFC 9000 section 12.2)."""
+    buf = Buffer(data=datagram)
+    while not buf.eof():
+        start = buf.tell()
+        if not datagram[start] & 0x80:
+            return datagram[start:]
+        try:
+            header = pull_quic_header(buf, host_cid_length=cid_length)
+        except ValueError:
+            return None
+        if start + header.packet_length > len(datagram) or header.packet_length <= 0:
+            return None
+        buf.seek(start + header.packet_length)
+    return None

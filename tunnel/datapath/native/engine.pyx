@@ -767,27 +767,34 @@ cdef class Io:
             self.engine.e.write = deliver
             self.engine.e.write_context = <void *>self.engine
 
+    cdef mt.mt_io *live(self) except NULL:
+        if self.io == NULL:
+            raise ValueError("this Io is closed")
+        return self.io
+
     def fileno(self):
-        return mt.mt_io_fd(self.io)
+        return mt.mt_io_fd(self.live())
 
     def add_socket(self, int fd):
-        cdef int number = mt.mt_io_add_socket(self.io, fd)
+        cdef int number = mt.mt_io_add_socket(self.live(), fd)
         if number < 0:
             raise OSError("no descriptors left for the native engine")
         return number
 
     def remove_socket(self, int number):
-        mt.mt_io_remove_socket(self.io, number)
+        mt.mt_io_remove_socket(self.live(), number)
 
     def step(self):
         cdef bint wanted
+        cdef mt.mt_io *io = self.live()
         with nogil:
-            wanted = mt.mt_io_step(self.io)
+            wanted = mt.mt_io_step(io)
         return bool(wanted)
 
     def transmit(self):
+        cdef mt.mt_io *io = self.live()
         with nogil:
-            mt.mt_io_transmit(self.io)
+            mt.mt_io_transmit(io)
 
     def eventful(self):
         """The connections that have events."""
@@ -802,21 +809,21 @@ cdef class Io:
     def take_raw(self):
         """Datagrams that are not the engine's business: socket, sockaddr, data."""
         cdef list out = []
-        cdef mt.mt_raw *raw = mt.mt_io_take_raw(self.io)
+        cdef mt.mt_raw *raw = mt.mt_io_take_raw(self.live())
         while raw != NULL:
             out.append((raw.socket, (<char *>&raw.source)[:sizeof(raw.source)],
                         (<char *>raw.data)[:raw.length]))
             free(raw)
-            raw = mt.mt_io_take_raw(self.io)
+            raw = mt.mt_io_take_raw(self.live())
         return out
 
     @property
     def tun_error(self):
-        return mt.mt_io_tun_error(self.io)
+        return mt.mt_io_tun_error(self.live())
 
     @property
     def counters(self):
-        cdef const mt.mt_io_counters *n = mt.mt_io_get_counters(self.io)
+        cdef const mt.mt_io_counters *n = mt.mt_io_get_counters(self.live())
         return {
             "tun_reads": n.tun_reads,
             "tun_writes": n.tun_writes,

@@ -127,7 +127,7 @@ bool recovery_track(struct mt_conn *c, struct mt_path *p, uint64_t number, uint3
     } else if (number < c->settled) {
         if (c->number - number + 2 >= c->ring_size)
             return true; /* the caller settles its own past */
-        c->settled = number; /* counted before, reported now: nothing above was outstanding */
+        c->settled = number; /* counted before, reported now; nothing between is outstanding */
     }
     struct mt_sent *s = entry(c, number);
     if (!(flags & (MT_SENT_ELICITING | MT_SENT_IN_FLIGHT | MT_SENT_FOREIGN))) {
