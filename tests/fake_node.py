@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 from collections import deque
+from ipaddress import ip_network
 from typing import Any
 
+from tunnel.datapath.engine import Connection, Datapath, Path
+from tunnel.datapath.native.engine import CIPHERS, Report
 from tunnel.events import NodeEvent
 from tunnel.path.network import Address, LocalNetwork, PathKey
 
 
 class FakeNode:
-    """`tunnel.shell.driver.Node`, scripted: what is put in its queues is drained by the shell."""
+    """`tunnel.shell.driver.Node`, scripted: what is put in its queues is drained by the shell.
 
-    def __init__(self) -> None:
+    Its engine is a real one, of one peer with the network `allowed`, once `connect`ed.
+    """
+
+    def __init__(self, allowed: str = "0.0.0.0/0") -> None:
+        self.datapath = Datapath([[ip_network(allowed)]])
+        self.lane = self.datapath.lane(0)
+        self.paths: dict[PathKey, Path] = {}
+        self.reports: list[Report] = []
+        self.busy = False
         self.calls: list[tuple[Any, ...]] = []
         self.outgoing: list[tuple[PathKey, bytes]] = []
-        self.packets: list[bytes] = []
         self.events: deque[NodeEvent] = deque()
         self.timer: float | None = None
-        self.wants_packets = True
         self.closed = False
         self.failure: Exception | None = None
         self.echo = False
@@ -35,11 +44,38 @@ class FakeNode:
         if self.echo:
             self.outgoing.append((path, data))
 
-    def receive_packets(self, packets: list[bytes], now: float) -> None:
-        self.calls.append(("receive_packets", packets))
+    def connect(self, path: PathKey, *, first: bool, now: float) -> Connection:
+        """Begin right after a handshake with a twin; exactly one of the two is the `first`."""
+        connection = self.datapath.connection()
+        ours, theirs = (b"\1", b"\2") if first else (b"\2", b"\1")
+        metrics = connection.add_path(1200, 0.01)
+        metrics.limited = False
+        metrics.set_cid(theirs * 8)
+        metrics.expect(ours * 8)
+        connection.start(
+            CIPHERS["AES_128_GCM"], ours * 16, bytes(12), bytes(16), theirs * 16, bytes(12),
+            bytes(16), 0, now,
+        )  # fmt: skip
+        connection.set_host_cids([ours * 8])
+        connection.attach(self.lane)
+        self.paths[path] = metrics
+        self.datapath.aim(metrics, path)
+        return connection
+
+    def engine_events(self, connections: list[Connection], now: float) -> bool:
+        if connections:
+            self.calls.append(("engine_events",))
+        for connection in connections:
+            while (report := connection.take(now)) is not None:
+                self.reports.append(report)
+        if connections and self.failure is not None:
+            raise self.failure
+        return self.busy
 
     def network_changed(self, network: LocalNetwork, port: int, now: float) -> None:
         self.calls.append(("network_changed", network, port, now))
+        for key, path in self.paths.items():
+            self.datapath.aim(path, key)
 
     def endpoints_resolved(self, peer: str, addresses: list[Address], now: float) -> None:
         self.calls.append(("endpoints_resolved", peer, addresses))
@@ -62,16 +98,20 @@ class FakeNode:
         self.calls.append(("ping", peer, token))
         return True
 
+    def bench(self, peer: str, token: int, seconds: int, now: float) -> None:
+        self.calls.append(("bench", peer, token, seconds))
+
+    def bench_served(
+        self, peer: str, token: int, port: int, secret: bytes, reason: str, now: float
+    ) -> None:
+        self.calls.append(("bench_served", peer, token, port, secret, reason))
+
     def close(self, now: float) -> None:
         self.calls.append(("close",))
 
     def datagrams_to_send(self, now: float) -> list[tuple[PathKey, bytes]]:
         datagrams, self.outgoing = self.outgoing, []
         return datagrams
-
-    def packets_to_write(self) -> list[bytes]:
-        packets, self.packets = self.packets, []
-        return packets
 
     def get_timer(self) -> float | None:
         return self.timer

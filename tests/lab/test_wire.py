@@ -31,7 +31,8 @@ FIELDS = (
     "_ws.malformed",
     "quic.decryption_failed",
 )
-PATH_CHALLENGE, PATH_RESPONSE, DATAGRAM = "26", "27", "49"  # RFC 9000 section 19, RFC 9221
+PATH_CHALLENGE, PATH_RESPONSE = "26", "27"  # RFC 9000 section 19
+DATAGRAM = "48"  # RFC 9221: the one without a length, which reaches to the end of the packet
 
 
 class Packet:
@@ -163,3 +164,5 @@ def test_data_travels_in_datagrams_one_a_packet(make_scenario: MakeScenario) -> 
     carrying = [packet for packet in found if DATAGRAM in packet.frames]
     assert len(carrying) > 80
     assert all(packet.frames.count(DATAGRAM) == 1 for packet in carrying)
+    assert all(packet.frames[-1] == DATAGRAM for packet in carrying)
+    check_everything_decrypts(found)

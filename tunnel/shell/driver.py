@@ -1,12 +1,13 @@
 """Between the node, which does no I/O, and the I/O: datagrams, packets, the network, time.
 
-The whole of it is one turn, run for whatever wakes the loop: look at the clock, feed the node, and
-drain it:
+Bulk never comes here: the native engine moves batches between the TUN and the sockets by itself,
+and asks for us only when it has news. The rest is one turn, run for whatever wakes the loop: look
+at the clock, feed the node, and drain it:
 
-    UDP socket readable --+                       +--> packets into the TUN
-    TUN readable ---------+--> node (one input) --+--> datagrams out of the sockets
-    netlink rings --------+                       +--> events: logs, names to resolve, pings
-    the alarm is due -----+                       +--> one alarm armed, TUN reading on or off
+    the engine has news --+                       +--> control datagrams out of the sockets
+    raw datagrams --------+--> node (one input) --+--> events: logs, names to resolve, pings
+    netlink rings --------+                       +--> the engine sends on
+    the alarm is due -----+                       +--> one alarm armed
 
 An exception in a turn is a bug of ours; it is logged and counted, and the tunnel goes on.
 """
@@ -21,8 +22,12 @@ from typing import Any, Protocol
 
 from tun.device import TunDevice
 from tun.errors import TunError
+from tun.linux import read_failure
+from tunnel.datapath.engine import Connection, Datapath, Path
 from tunnel.errors import LocalError
 from tunnel.events import (
+    BenchAnswer,
+    BenchWanted,
     NodeEvent,
     PeerConnecting,
     PeerHolding,
@@ -33,16 +38,13 @@ from tunnel.events import (
     ResolveWanted,
 )
 from tunnel.path.network import Address, LocalNetwork, PathKey
-from tunnel.shell import clock
+from tunnel.shell import clock, crypto
+from tunnel.shell.bench import Benches, BenchRefused
 from tunnel.shell.clock import HEARTBEAT, Alarm, JumpDetector
 from tunnel.shell.log import Log
 from tunnel.shell.netmon import NetworkMonitor
 from tunnel.shell.resolver import Resolver
-from tunnel.shell.udp import UdpSocket, UdpSockets
-
-BATCH = 64
-"""Datagrams or packets read in one turn: enough to share the cost of a turn; few enough that timers
-and the other direction wait for 2 ms at the most, at the 30 us that aioquic takes for a packet."""
+from tunnel.shell.udp import UdpSocket, UdpSockets, pack, unpack
 
 NETWORK_PAUSE = 0.001
 """Least seconds between two looks at the network. The first event of a burst is acted on at once;
@@ -60,32 +62,39 @@ CLOSE_TIMEOUT = 1.0
 
 SEND_ROUNDS = 4
 """How often a turn asks the node again after failed sends, so that it can move to another path at
-once; a node that answers each failure with another hopeless path waits for its timer."""
+once; a node that answers each failure with another hopeless path waits a moment then."""
 
-AFTER_BUG = 0.02
-"""Seconds: a timer that is overdue because its handler fails must not spin the loop."""
+NO_SOCKET = -1
+"""What the engine is told of a path whose local address is gone."""
+
+BREATHER = 0.02
+"""Seconds: what would come again at once must not spin the loop: a timer whose handler fails, or
+news of the engine that the rounds of a turn did not come to the end of."""
 
 
 class Node(Protocol):
     """What is driven; `tunnel.node.Node` in life, a fake in tests."""
 
+    @property
+    def datapath(self) -> Datapath: ...
+    def engine_events(self, connections: list[Connection], now: float) -> bool: ...
     def receive_datagram(self, data: bytes, path: PathKey, now: float) -> None: ...
-    def receive_packets(self, packets: list[bytes], now: float) -> None: ...
     def network_changed(self, network: LocalNetwork, port: int, now: float) -> None: ...
     def endpoints_resolved(self, peer: str, addresses: list[Address], now: float) -> None: ...
     def send_failed(self, path: PathKey, error: int, now: float) -> None: ...
     def resumed(self, now: float) -> None: ...
     def handle_timer(self, now: float) -> None: ...
     def ping(self, peer: str, token: int, now: float) -> bool: ...
+    def bench(self, peer: str, token: int, seconds: int, now: float) -> None: ...
+    def bench_served(
+        self, peer: str, token: int, port: int, secret: bytes, reason: str, now: float
+    ) -> None: ...
     def close(self, now: float) -> None: ...
     def datagrams_to_send(self, now: float) -> list[tuple[PathKey, bytes]]: ...
-    def packets_to_write(self) -> list[bytes]: ...
     def get_timer(self) -> float | None: ...
     def next_event(self) -> NodeEvent | None: ...
     def status(self, now: float) -> dict[str, Any]: ...
     def history(self) -> list[dict[str, Any]]: ...
-    @property
-    def wants_packets(self) -> bool: ...
     @property
     def closed(self) -> bool: ...
 
@@ -112,6 +121,11 @@ class Driver:
         self._monitor = monitor
         self._peers = peers
         self._strict = strict
+        self._io = node.datapath.drive(
+            tun.fileno(), tcp=tun.offload.tcp, udp=tun.offload.udp, aim=self._aim
+        )
+        self._numbers: dict[Address, int] = {}  # the engine's, of our sockets
+        self._locals: dict[int, Address] = {}
         self._sockets = UdpSockets(listen_port, self._watch, self._unwatch)
         self._resolver = Resolver(self._loop, self._resolved)
         self._alarm = Alarm()
@@ -121,9 +135,10 @@ class Driver:
         self._told: LocalNetwork | None = None  # as the node was told
         self._look_again = -inf
         self._look: asyncio.TimerHandle | None = None
-        self._reading_tun = False
         self._pings: dict[int, Callable[[float], None]] = {}
-        self._last_ping = 0
+        self._benches = Benches(tun.name)
+        self._offers: dict[int, Callable[[BenchAnswer], None]] = {}
+        self._last_token = 0
         self._bugs = 0
         self._bug_logged = -inf
         self._closing: asyncio.TimerHandle | None = None
@@ -137,6 +152,7 @@ class Driver:
         self._take(self._monitor.snapshot(), now)
         self._loop.add_reader(self._monitor.fileno(), self._on_doorbell)
         self._loop.add_reader(self._alarm.fileno(), self._on_alarm)
+        self._loop.add_reader(self._io.fileno(), self._on_engine)
         self._flush(now)
 
     def down(self) -> None:
@@ -160,10 +176,12 @@ class Driver:
             if timer is not None:
                 timer.cancel()
         self._resolver.close()
-        self._read_tun(False)
+        self._benches.close()
+        self._loop.remove_reader(self._io.fileno())
         self._loop.remove_reader(self._monitor.fileno())
         self._loop.remove_reader(self._alarm.fileno())
         self._sockets.close()
+        self._io.close()
         self._alarm.close()
         self._finish()
 
@@ -172,11 +190,17 @@ class Driver:
     def status(self) -> dict[str, Any]:
         """The node's status, with the shell's own counters."""
         status = self._node.status(clock.now())
+        offload = self._tun.offload
+        status["engine"] = {
+            **crypto.report(),
+            "tun_offload": [kind for kind in ("tcp", "udp") if getattr(offload, kind)],
+        }
+        engine = {} if self._stopped.done() else self._io.counters  # it goes with close()
         status["counters"] = {
             **status.get("counters", {}),
-            "udp_dropped": self._sockets.dropped,
-            "udp_refused": self._sockets.refused,
-            "tun_dropped": self._tun.dropped,
+            **engine,
+            "control_dropped": self._sockets.dropped,
+            "control_refused": self._sockets.refused,
             "internal_errors": self._bugs,
         }
         return status
@@ -191,32 +215,57 @@ class Driver:
 
     def ping(self, peer: str, answered: Callable[[float], None]) -> Callable[[], None]:
         """Ping `peer`; `answered` gets the round-trip time in seconds. Returns what forgets it."""
-        self._last_ping += 1
-        token = self._last_ping
+        token = self._next_token()
         self._pings[token] = answered
         self._turn(lambda now: self._node.ping(peer, token, now))
         return lambda: self._forget_ping(token)
 
+    def bench(
+        self, peer: str, seconds: int, answered: Callable[[BenchAnswer], None]
+    ) -> Callable[[], None]:
+        """Have `peer` serve a load for `seconds`. Returns what forgets `answered`."""
+        token = self._next_token()
+        self._offers[token] = answered
+        self._turn(lambda now: self._node.bench(peer, token, seconds, now))
+        return lambda: self._forget_offer(token)
+
     # ---- what wakes us ----
 
-    def _on_datagrams(self, udp: UdpSocket) -> None:
-        def feed(now: float) -> None:
-            receive = self._node.receive_datagram
-            for data, path in udp.receive(BATCH):
-                try:
-                    receive(data, path, now)
-                except Exception as error:  # one datagram's fault is not the others'
-                    self._bug(error, now)
+    def _on_engine(self) -> None:
+        if self._stopped.done() or not self._io.step():
+            return
+        if self._io.tun_error:
+            self._fail(read_failure(self._tun.name, self._io.tun_error))
+            return
+        # Looked up now: the sockets, and with them the numbers, may change before the node is fed.
+        raw = [
+            (data, PathKey(self._locals[number], unpack(sockaddr)))
+            for number, sockaddr, data in self._io.take_raw()
+        ]
+        now = clock.now()
+        # An overdue alarm may mean that the process slept, which the node is to hear first.
+        if raw or self._alarm.deadline <= now or self._engine_events(now):
+            self._turn(lambda now: self._receive(raw, now))
+        else:
+            self._io.transmit()  # most news only change the rate
+            if self._io.eventful():
+                self._turn(lambda now: None)
 
-        self._turn(feed)
+    def _engine_events(self, now: float) -> bool:
+        """Tell the node the engine's news; True when it has more to do."""
+        try:
+            return self._node.engine_events(self._io.eventful(), now)
+        except Exception as error:
+            self._bug(error, now)
+            return True
 
-    def _on_packets(self) -> None:
-        def feed(now: float) -> None:
-            packets = self._tun.read(BATCH)
-            if packets:
-                self._node.receive_packets(packets, now)
-
-        self._turn(feed)
+    def _receive(self, raw: list[tuple[bytes, PathKey]], now: float) -> None:
+        """Datagrams that are none of the engine's: handshakes, paths it does not know."""
+        for data, path in raw:
+            try:
+                self._node.receive_datagram(data, path, now)
+            except Exception as error:  # one datagram's fault is not the others'
+                self._bug(error, now)
 
     def _on_alarm(self) -> None:
         def feed(now: float) -> None:
@@ -270,18 +319,18 @@ class Driver:
 
     def _flush(self, now: float, *, failed: bool = False) -> None:
         """Drain the node, and see to it that we are woken again."""
-        deadline = inf
         try:
             self._drain(now)
             deadline = self._node.get_timer() or inf
-            self._read_tun(self._node.wants_packets)
+            if self._io.eventful():
+                deadline = min(deadline, now + BREATHER)  # the engine does not repeat its news
             if self._node.closed:
                 self._finish()
         except Exception as error:
             self._bug(error, now)
-            failed = True
+            deadline = now + BREATHER
         if failed:
-            deadline = max(deadline, now + AFTER_BUG)
+            deadline = max(deadline, now + BREATHER)
         if self._heartbeat <= now:
             self._heartbeat = now + HEARTBEAT
         deadline = min(deadline, self._heartbeat)
@@ -293,18 +342,15 @@ class Driver:
     def _drain(self, now: float) -> None:
         node = self._node
         for _ in range(SEND_ROUNDS):
-            datagrams = node.datagrams_to_send(now)
-            if not datagrams:
-                break
-            failures = self._sockets.send(datagrams)
-            if not failures:
-                break
+            self._engine_events(now)
+            failures = self._sockets.send(node.datagrams_to_send(now))
             for path, error in failures:
                 _log.debug("send failed", path=path, error=os.strerror(error))
                 node.send_failed(path, error, now)
-        packets = node.packets_to_write()
-        if packets:
-            self._tun.write(packets)
+            # Control first: the first packet on a new path is the one that asks about it.
+            self._io.transmit()
+            if not failures and not self._io.eventful():
+                break
         while (event := node.next_event()) is not None:
             self._on_event(event)
 
@@ -314,6 +360,12 @@ class Driver:
                 answered = self._pings.pop(token, None)
                 if answered is not None:
                     answered(rtt)
+            case BenchAnswer(_, token):
+                offered = self._offers.pop(token, None)
+                if offered is not None:
+                    offered(event)
+            case BenchWanted():
+                self._loop.call_soon(self._serve_bench, event)
             case ResolveWanted(peer, endpoints):
                 # Not from inside this turn: literal addresses are answered at once.
                 self._loop.call_soon(self._resolver.resolve, peer, endpoints)
@@ -374,22 +426,40 @@ class Driver:
     # ---- helpers ----
 
     def _watch(self, udp: UdpSocket) -> None:
-        self._loop.add_reader(udp.fileno(), self._on_datagrams, udp)
+        number = self._io.add_socket(udp.fileno())
+        self._numbers[udp.local] = number
+        self._locals[number] = udp.local
 
     def _unwatch(self, udp: UdpSocket) -> None:
-        self._loop.remove_reader(udp.fileno())
+        number = self._numbers.pop(udp.local)
+        del self._locals[number]
+        self._io.remove_socket(number)
 
-    def _read_tun(self, wanted: bool) -> None:
-        """Backpressure: while the node wants no packets they wait in the kernel's queue."""
-        if wanted != self._reading_tun:
-            self._reading_tun = wanted
-            if wanted:
-                self._loop.add_reader(self._tun.fileno(), self._on_packets)
-            else:
-                self._loop.remove_reader(self._tun.fileno())
+    def _aim(self, path: Path, key: PathKey) -> None:
+        path.aim(self._numbers.get(key.local, NO_SOCKET), pack(key.remote))
+
+    def _serve_bench(self, wanted: BenchWanted) -> None:
+        if self._stopped.done() or self._closing is not None:
+            return
+        port, secret, reason = 0, b"", ""
+        try:
+            port, secret = self._benches.serve(
+                wanted.peer, wanted.address, wanted.sources, wanted.seconds
+            )
+        except BenchRefused as error:
+            reason = str(error)
+        peer, token = wanted.peer, wanted.token
+        self._turn(lambda now: self._node.bench_served(peer, token, port, secret, reason, now))
+
+    def _next_token(self) -> int:
+        self._last_token += 1
+        return self._last_token
 
     def _forget_ping(self, token: int) -> None:
         self._pings.pop(token, None)
+
+    def _forget_offer(self, token: int) -> None:
+        self._offers.pop(token, None)
 
     def _bug(self, error: Exception, now: float) -> None:
         """Never the end of a tunnel, never silent either; one traceback a second is enough."""

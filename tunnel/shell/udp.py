@@ -4,8 +4,8 @@ A path is (local address, remote address), so every datagram says which socket i
 which one it has to leave by. What a socket refuses to send is a fact about that path and is
 returned, never raised.
 
-Runs of datagrams for one path go to the kernel as one (UDP_SEGMENT, GSO), and come from it as one
-(UDP_GRO): a system call costs more than sealing a packet does.
+The native engine reads from the sockets, and sends all data: runs of datagrams, as one message each
+(UDP_GRO, UDP_SEGMENT). From here leave only the few control datagrams.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import errno
 import socket
 import struct
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 from tunnel.errors import LocalError
 from tunnel.path.network import Address, LocalAddress, LocalNetwork, PathKey
@@ -31,18 +30,33 @@ SOCKET_MARK = 0x6D61
 EPHEMERAL_ATTEMPTS = 8
 """How many free ports to try for one that is free on every local address."""
 
-_SEGMENTS = 44  # 44 x 1,452 bytes fit the 65,507 of one UDP message, and the kernel takes 64
-_MESSAGE = 65_507  # bytes of UDP payload that fit one IPv4 packet
-_LARGEST = 65_535  # bytes: no UDP payload is larger
-_KNOWN_REMOTES = 4096  # remembered PathKeys a socket: strangers must not grow it without bound
-
 # <linux/udp.h>, <linux/in.h>, <linux/in6.h>: not all of them are in Python's socket module.
-_UDP_SEGMENT, _UDP_GRO = 103, 104
+_UDP_GRO = 104
 _IP_MTU_DISCOVER, _IPV6_MTU_DISCOVER, _PMTUDISC_PROBE = 10, 23, 3
 _SO_RCVBUFFORCE, _SO_SNDBUFFORCE = 33, 32
 
-_U16 = struct.Struct("=H")
-_CONTROL = socket.CMSG_SPACE(4)
+_FAMILY = struct.Struct("=H")
+_SOCKADDR = struct.Struct("!H4s8x")  # <linux/in.h>: port, address
+_SOCKADDR6 = struct.Struct("!HI16sI")  # <linux/in6.h>: port, flow, address, scope
+
+
+def pack(address: Address) -> bytes:
+    """A sockaddr_in or sockaddr_in6, as the kernel takes it."""
+    if address.is_ipv6:
+        host = socket.inet_pton(socket.AF_INET6, address.host)
+        return _FAMILY.pack(socket.AF_INET6) + _SOCKADDR6.pack(address.port, 0, host, 0)
+    host = socket.inet_pton(socket.AF_INET, address.host)
+    return _FAMILY.pack(socket.AF_INET) + _SOCKADDR.pack(address.port, host)
+
+
+def unpack(sockaddr: bytes) -> Address:
+    """The address in a sockaddr_in or sockaddr_in6, which may have bytes behind it."""
+    (family,) = _FAMILY.unpack_from(sockaddr)
+    if family == socket.AF_INET6:
+        port, _, host, _ = _SOCKADDR6.unpack_from(sockaddr, _FAMILY.size)
+        return Address(socket.inet_ntop(socket.AF_INET6, host), port)
+    port, host = _SOCKADDR.unpack_from(sockaddr, _FAMILY.size)
+    return Address(socket.inet_ntop(socket.AF_INET, host), port)
 
 
 class UdpSocket:
@@ -65,8 +79,6 @@ class UdpSocket:
             self._socket.close()
             raise
         self.local = Address(ip, self._socket.getsockname()[1])
-        self._paths: dict[Any, PathKey] = {}
-        self._segments = True
 
     def fileno(self) -> int:
         """The descriptor to watch for reading."""
@@ -76,30 +88,11 @@ class UdpSocket:
         """Send and receive by `interface` only; by any if "". A kernel that refuses is obeyed."""
         if interface != self.interface:
             # EPERM: only the privileged may; ENODEV: it is gone, and netlink is about to say so.
-            with contextlib.suppress(PermissionError, OSError):
+            with contextlib.suppress(OSError):
                 self._socket.setsockopt(
                     socket.SOL_SOCKET, socket.SO_BINDTODEVICE, interface.encode() + b"\0"
                 )
                 self.interface = interface
-
-    def receive(self, limit: int) -> list[tuple[bytes, PathKey]]:
-        """Up to about `limit` datagrams; [] when none waits. Never blocks."""
-        received: list[tuple[bytes, PathKey]] = []
-        receive = self._socket.recvmsg
-        while len(received) < limit:
-            try:
-                data, control, _, source = receive(_LARGEST, _CONTROL)
-            except BlockingIOError:
-                break
-            except OSError:
-                break  # an error that the network sent back for an earlier datagram; now cleared
-            path = self._paths.get(source) or self._learn(source)
-            size = _U16.unpack_from(control[0][2])[0] if control else 0
-            if 0 < size < len(data):
-                received += [(data[i : i + size], path) for i in range(0, len(data), size)]
-            else:
-                received.append((data, path))
-        return received
 
     def send(self, remote: Address, data: bytes) -> int:
         """Send one datagram: 0, or the errno."""
@@ -109,40 +102,9 @@ class UdpSocket:
             return error.errno or errno.EIO
         return 0
 
-    def send_run(self, remote: Address, run: Sequence[bytes]) -> tuple[int, int]:
-        """Send datagrams of one size, the last may be shorter: (how many left, errno or 0).
-
-        `run` has to fit one message: at most `_SEGMENTS` datagrams and `_MESSAGE` bytes.
-        """
-        if self._segments and len(run) > 1:
-            size = _U16.pack(len(run[0]))
-            try:
-                self._socket.sendmsg(run, [(socket.SOL_UDP, _UDP_SEGMENT, size)], 0, remote)
-                return len(run), 0
-            except OSError as error:
-                # EIO: this device cannot checksum segments, so never again. EINVAL, EMSGSIZE: too
-                # long for this path's MTU; one by one, those that fit will go.
-                if error.errno == errno.EIO:
-                    self._segments = False
-                elif error.errno not in (errno.EINVAL, errno.EMSGSIZE):
-                    return 0, error.errno or errno.EIO
-        sent, failure = 0, 0
-        for data in run:
-            code = self.send(remote, data)
-            sent += not code
-            failure = failure or code
-        return sent, failure
-
     def close(self) -> None:
         """Give the port back."""
         self._socket.close()
-
-    def _learn(self, source: tuple[Any, ...]) -> PathKey:
-        if len(self._paths) >= _KNOWN_REMOTES:
-            self._paths.clear()
-        path = PathKey(self.local, Address.from_sockaddr(source))
-        self._paths[source] = path
-        return path
 
 
 class UdpSockets:
@@ -150,7 +112,7 @@ class UdpSockets:
 
     `port` is the one port they share: `listen_port`, or if that is 0 the first free one found,
     which is then kept for good (0 until there is an address to bind). `opened` and `closing` are
-    called with each socket that comes and goes.
+    called with each socket that comes and goes; an OSError of `opened` makes the address unusable.
     """
 
     def __init__(
@@ -211,21 +173,16 @@ class UdpSockets:
         A full queue of the kernel is no failure of the path: what does not fit is dropped.
         """
         failures: dict[PathKey, int] = {}
-        start, count = 0, len(datagrams)
-        while start < count:
-            path = datagrams[start][0]
-            end = _run_end(datagrams, start)
-            run = [data for _, data in datagrams[start:end]]
-            start = end
+        for path, data in datagrams:
             udp = self._sockets.get(path.local.host)
             if udp is None or udp.local != path.local:
-                sent, code = 0, errno.EADDRNOTAVAIL  # the address is gone, and its socket with it
+                code = errno.EADDRNOTAVAIL  # the address is gone, and its socket with it
             else:
-                sent, code = udp.send_run(path.remote, run)
+                code = udp.send(path.remote, data)
             if code in _QUEUE_FULL:
-                self.dropped += len(run) - sent
+                self.dropped += 1
             elif code:
-                self.refused += len(run) - sent
+                self.refused += 1
                 failures.setdefault(path, code)
         return list(failures.items())
 
@@ -259,9 +216,12 @@ class UdpSockets:
                         break
                     self._leave_out(ip, error)
             else:
-                for udp in opened:
-                    self._add(udp)
                 self.port = port
+                for udp in opened:
+                    try:
+                        self._add(udp)
+                    except OSError as error:
+                        self._leave_out(udp.local.host, error)
                 return
             for udp in opened:
                 udp.close()
@@ -270,13 +230,18 @@ class UdpSockets:
         """EADDRNOTAVAIL: gone again, as netlink is about to tell. EADDRINUSE: somebody has it."""
         if ip not in self._unusable:
             self._unusable.add(ip)
-            _log.warning("address not usable", local=ip, port=self.port, error=error.strerror)
+            reason = error.strerror or error
+            _log.warning("address not usable", local=ip, port=self.port, error=reason)
 
     def _add(self, udp: UdpSocket) -> None:
+        try:
+            self._opened(udp)
+        except OSError:  # nobody would ever read from it
+            udp.close()
+            raise
         self._sockets[udp.local.host] = udp
         self._unusable.discard(udp.local.host)
         _log.info("socket opened", local=udp.local, device=udp.interface or None)
-        self._opened(udp)
 
     def _close(self, ip: str) -> None:
         udp = self._sockets.pop(ip)
@@ -339,22 +304,3 @@ def _configure(udp: socket.socket) -> None:
 
 def _unique(addresses: Sequence[LocalAddress]) -> list[str]:
     return list(dict.fromkeys(address.ip for address in addresses))
-
-
-def _run_end(datagrams: Sequence[tuple[PathKey, bytes]], start: int) -> int:
-    """End of the longest run from `start` that may go as one segmented message.
-
-    One path, all of one size but the last, which may be shorter (udp(7), UDP_SEGMENT).
-    """
-    path, first = datagrams[start]
-    size = len(first)
-    last = min(len(datagrams), start + min(_SEGMENTS, max(1, _MESSAGE // max(1, size))))
-    end = start + 1
-    while end < last:
-        other, data = datagrams[end]
-        if other != path or not 0 < len(data) <= size:  # an empty tail would make no datagram
-            break
-        end += 1
-        if len(data) < size:
-            break
-    return end
