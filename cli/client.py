@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from tunnel.errors import LocalError, PrivilegeError
+from tunnel.errors import LocalError, PrivilegeError, UnreachableError
 from tunnel.shell.status import control_directory, is_alive
 
 TIMEOUT = 5.0
@@ -84,6 +84,15 @@ class Client:
         while not (answer := self._receive()).get("end"):
             yield answer
 
+    def bench(self, peer: str, seconds: int) -> dict[str, Any]:
+        """Where the peer serves a load for `seconds` from now: interface, address, port, secret.
+
+        Raises UnreachableError when it does not answer.
+        """
+        request = {"command": "bench", "peer": peer, "seconds": seconds}
+        result: dict[str, Any] = self._ask(request)["result"]
+        return result
+
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
         self._send(request)
         return self._receive()
@@ -103,7 +112,8 @@ class Client:
         if not isinstance(answer, dict):
             raise self._silent()
         if not answer.get("ok"):
-            raise LocalError(f"tunnel {self.name}: {answer.get('error', 'refused')}")
+            kind = UnreachableError if answer.get("unreachable") else LocalError
+            raise kind(f"tunnel {self.name}: {answer.get('error', 'refused')}")
         return answer
 
     def _silent(self) -> LocalError:

@@ -208,6 +208,28 @@ def ping(
     raise typer.Exit(run(peer, count, interval))
 
 
+@app.command(
+    epilog="Example: martlet bench office  ·  martlet bench mt0/office --seconds 10 --json"
+)
+def bench(
+    peer: Annotated[str, typer.Argument(metavar="PEER", help="A peer, or TUNNEL/PEER.")],
+    seconds: Annotated[
+        float,
+        typer.Option("-s", "--seconds", min=1, max=16, help="Length of each of three phases."),
+    ] = 4.0,
+    json: Json = False,
+) -> None:
+    """Measure throughput, and round trips idle and under load, through the tunnel to a peer.
+
+    The peer's martlet takes part, and may refuse (bench = false). One TCP stream, first to the
+    peer (upload), then from it; the first quarter of each, where TCP finds its pace, does not count
+    for the throughput. The last table shows what each path carried and lost.
+    """
+    from cli.bench import run
+
+    raise typer.Exit(run(peer, seconds, json))
+
+
 @app.command(epilog="Example: sudo martlet demo")
 def demo(json: Json = False) -> None:
     """Watch a real SSH session roam: two hosts behind NATs, in namespaces of this machine."""

@@ -76,6 +76,10 @@ def status(status: dict[str, Any]) -> RenderableType:
     parts: list[RenderableType] = [_headline(status.get("interface")), Text(), peers]
     if paths.row_count:
         parts += [Text(), paths]
+    engine = status.get("engine") or {}
+    if engine.get("libcrypto"):
+        line = f"sealed by {engine['libcrypto']}"
+        parts += [Text(), Text("; ".join(filter(None, (line, engine.get("advice")))), style="dim")]
     return Group(*parts)
 
 
@@ -111,6 +115,50 @@ def ping_summary(peer: str, sent: int, times: list[float], seconds: float) -> li
         numbers = "/".join(f"{x:.3f}" for x in (min(times), mean, max(times), deviation))
         lines.append(f"rtt min/avg/max/mdev = {numbers} ms")
     return lines
+
+
+def bench(result: dict[str, Any]) -> RenderableType:
+    """What `cli.bench` measured: throughput and round trips, then what each path had of it."""
+    phases = ("idle", "upload", "download")
+    speeds = _table("", "THROUGHPUT", "RTT MIN", "MEDIAN", "95%", "MAX")
+    for phase in phases:
+        found = result[phase]
+        rtt = found["rtt_ms"] or {}
+        rate = found.get("mbit_s")
+        speeds.add_row(
+            phase,
+            "-" if rate is None else f"{rate:.1f} Mbit/s",
+            *(_milliseconds(rtt.get(name)) for name in ("min", "median", "p95", "max")),
+        )
+    paths = _table("PATH", "DURING", "ACTIVE", "RTT", "MTU", "SENT", "RECEIVED", "LOST")
+    for path in result["paths"]:
+        name = _path(path)
+        for phase in phases:
+            part = path[phase]
+            if part is not None:
+                paths.add_row(
+                    name,
+                    phase,
+                    "yes" if part["active"] else "no",
+                    _milliseconds(part["rtt_ms"]),
+                    _plain(path["mtu"]),
+                    _bytes(part["tx_bytes"]),
+                    _bytes(part["rx_bytes"]),
+                    _plain(part["lost_packets"]),
+                )
+                if sys.stdout.isatty():
+                    name = ""  # once is enough where it takes three lines
+    headline = Text(f"{result['peer']}", style="bold")
+    headline.append(
+        f"  {result['address']} by {result['tunnel']}, one TCP stream,"
+        f" {result['seconds']:g} s each, moves: {result['moves']}",
+        style="not bold",
+    )
+    late = sum(result[phase]["unanswered"] for phase in phases)
+    parts: list[RenderableType] = [headline, Text(), speeds, Text(), paths]
+    if late:
+        parts += [Text(), Text(f"{late} round trips did not end in time and are not counted")]
+    return Group(*parts)
 
 
 def active_path(peer: dict[str, Any]) -> str:
@@ -159,8 +207,9 @@ def _table(*columns: str) -> Table:
 
 
 _NUMERIC = frozenset(
-    ("RTT", "MTU", "SENT", "RECEIVED", "MOVES", "DETECT", "SWITCH", "CONFIRM", "LOST", "REPLAYED")
-)
+    ("RTT", "MTU", "SENT", "RECEIVED", "MOVES", "DETECT", "SWITCH", "CONFIRM", "LOST", "REPLAYED",
+     "THROUGHPUT", "RTT MIN", "MEDIAN", "95%", "MAX")
+)  # fmt: skip
 
 
 def _plain(value: Any) -> str:

@@ -97,6 +97,8 @@ class PeerConfig(Struct, frozen=True, kw_only=True):
     public_key: PublicKey
     allowed_ips: tuple[IPNetwork, ...]
     endpoint: tuple[Endpoint, ...] = ()
+    bench: bool = True
+    """Whether this peer may have a load served by us (`martlet bench` there)."""
 
 
 class RendezvousConfig(Struct, frozen=True, kw_only=True):
@@ -343,7 +345,11 @@ class _Reader:
         else:
             endpoint = self._parse_list((*path, "endpoint"), raw.endpoint, parse_peer_endpoint)
         return PeerConfig(
-            name=raw.name, public_key=public_key, allowed_ips=networks, endpoint=endpoint
+            name=raw.name,
+            public_key=public_key,
+            allowed_ips=networks,
+            endpoint=endpoint,
+            bench=raw.bench,
         )
 
     def _rendezvous(self, raw: RawRendezvous | None) -> RendezvousConfig | None:

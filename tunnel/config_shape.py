@@ -31,6 +31,7 @@ class RawPeer(Struct, forbid_unknown_fields=True):
     public_key: str
     allowed_ips: list[str]
     endpoint: str | list[str] = []
+    bench: bool = True
 
 
 class RawTurn(Struct, forbid_unknown_fields=True):
@@ -85,6 +86,7 @@ _EXAMPLES = {
     ("peer", "public_key"): 'public_key = "ssh-ed25519 AAAA... office"',
     ("peer", "endpoint"): 'endpoint = "198.51.100.7:4117"',
     ("peer", "allowed_ips"): 'allowed_ips = ["10.88.0.2/32"]',
+    ("peer", "bench"): "bench = false",
     ("rendezvous",): "[rendezvous]",
     ("rendezvous", "url"): 'url = "mqtts://broker.example:8883"',
     ("ice",): "[ice]",

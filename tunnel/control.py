@@ -16,7 +16,7 @@ from __future__ import annotations
 import re
 from enum import IntEnum
 from ipaddress import ip_address
-from typing import Annotated, Final, TypeAlias
+from typing import Annotated, Final, TypeAlias, get_args
 
 import msgspec
 from msgspec import Meta, Struct
@@ -30,6 +30,9 @@ _PREFIX = 4
 
 BOOT_ID_LENGTH = 16
 PROTOCOL_VERSION = 1
+BENCH_SECRET_LENGTH = 16
+BENCH_SECONDS = 60
+"""Longest life of what a Bench asks for."""
 
 _FEATURE = re.compile(r"[a-z0-9._-]{1,32}")
 
@@ -74,12 +77,7 @@ class Hello(_Message, frozen=True):
             if not _FEATURE.fullmatch(feature):
                 raise ValueError("a feature is not a short lower-case name")
         for address in self.addresses:
-            if len(address) > 45 or "%" in address:
-                raise ValueError("an inner address is not an IP address")
-            try:
-                ip_address(address)
-            except ValueError:
-                raise ValueError("an inner address is not an IP address") from None
+            _check_inner(address)
 
 
 class Observed(_Message, frozen=True):
@@ -119,7 +117,39 @@ class Goodbye(_Message, frozen=True):
             raise ValueError("the reason is not printable text")
 
 
-Message: TypeAlias = Hello | Observed | Ping | Pong | Goodbye
+class Bench(_Message, frozen=True):
+    """`martlet bench`: please serve a load to me. To be answered by a BenchReply.
+
+    Only to a peer whose Hello has the feature "bench".
+    """
+
+    token: _Token
+    address: str
+    """The address inside the tunnel to serve at, one of the receiver's own."""
+    seconds: Annotated[int, Meta(ge=1, le=BENCH_SECONDS)]
+    """After which it is over in any case."""
+
+    def __post_init__(self) -> None:
+        _check_inner(self.address)
+
+
+class BenchReply(_Message, frozen=True, tag="bench_reply"):
+    """The answer to a Bench: a TCP port and the secret that opens it, or the reason why not."""
+
+    token: _Token
+    port: Annotated[int, Meta(ge=0, le=65535)] = 0
+    """0: refused."""
+    secret: Annotated[bytes, Meta(max_length=BENCH_SECRET_LENGTH)] = b""
+    reason: Annotated[str, Meta(max_length=256)] = ""
+
+    def __post_init__(self) -> None:
+        if self.port and len(self.secret) != BENCH_SECRET_LENGTH:
+            raise ValueError("a bench without a secret")
+        if not self.reason.isprintable():
+            raise ValueError("the reason is not printable text")
+
+
+Message: TypeAlias = Hello | Observed | Ping | Pong | Goodbye | Bench | BenchReply
 
 
 class _Envelope(Struct):
@@ -131,7 +161,7 @@ class _Envelope(Struct):
 _ENVELOPE = msgspec.msgpack.Decoder(_Envelope)
 _MESSAGE: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
 _ENCODER = msgspec.msgpack.Encoder()
-_KNOWN = frozenset(message.__name__.lower() for message in (Hello, Observed, Ping, Pong, Goodbye))
+_KNOWN = frozenset(str(message.__struct_config__.tag) for message in get_args(Message))
 
 
 def encode(message: Message) -> bytes:
@@ -181,6 +211,15 @@ class ControlReader:
             raise
         del self._buffer[:start]
         return messages
+
+
+def _check_inner(address: str) -> None:
+    if len(address) > 45 or "%" in address:
+        raise ValueError("an inner address is not an IP address")
+    try:
+        ip_address(address)
+    except ValueError:
+        raise ValueError("an inner address is not an IP address") from None
 
 
 def _decode(body: bytes) -> Message | None:

@@ -62,6 +62,41 @@ class PingReply:
     rtt: float
 
 
+@dataclass(frozen=True, slots=True)
+class BenchWanted:
+    """A peer wants to measure; please answer with `Node.bench_served`.
+
+    A load is to be served on `address`, one of ours inside the tunnel, to `sources`, the peer's
+    own there, for at most `seconds`.
+    """
+
+    peer: str
+    token: int
+    address: str
+    sources: tuple[str, ...]
+    seconds: int
+
+
+@dataclass(frozen=True, slots=True)
+class BenchAnswer:
+    """What came of `Node.bench`: where the peer serves a load, or in `problem` why it does not."""
+
+    peer: str
+    token: int
+    address: str = ""
+    port: int = 0
+    secret: bytes = b""
+    problem: str = ""
+
+
 NodeEvent: TypeAlias = (
-    PeerConnecting | PeerUp | PeerHolding | PeerMigrated | PeerRefused | ResolveWanted | PingReply
+    PeerConnecting
+    | PeerUp
+    | PeerHolding
+    | PeerMigrated
+    | PeerRefused
+    | ResolveWanted
+    | PingReply
+    | BenchWanted
+    | BenchAnswer
 )

@@ -16,6 +16,7 @@ import cli.client
 import cli.main
 from tun.errors import TunError
 from tunnel.errors import ConfigError
+from tunnel.events import BenchAnswer
 from tunnel.identity import Identity
 from tunnel.shell import loop as shell_loop
 from tunnel.shell import status as shell_status
@@ -73,6 +74,12 @@ class FakeTunnel:
         self._pings += 1
         if self.reachable and self._pings != 3:
             answered(0.02)
+        return lambda: None
+
+    def bench(
+        self, peer: str, seconds: int, answered: Callable[[BenchAnswer], None]
+    ) -> Callable[[], None]:
+        answered(BenchAnswer(peer, 1, problem=f"peer {peer} refuses: not today"))
         return lambda: None
 
     def down(self) -> None:
@@ -133,7 +140,7 @@ def config(tmp_path: Path) -> Path:
 def test_help_and_version(martlet: Martlet) -> None:
     result = martlet("--help")
     assert result.code == 0
-    for command in "keygen pubkey up down status history ping demo".split():  # noqa: SIM905
+    for command in "keygen pubkey up down status history ping bench demo".split():  # noqa: SIM905
         assert re.search(rf"^\W*{command}\b", result.out, re.MULTILINE)
         described = martlet(command, "--help")
         assert described.code == 0
@@ -144,7 +151,8 @@ def test_help_and_version(martlet: Martlet) -> None:
 @pytest.mark.parametrize(
     "arguments",
     [("fly",), ("up",), ("keygen", "a", "b"), ("ping", "office", "-c", "x"), ("status", "--jsn"),
-     ("ping", "office", "-i", "0"), ("up", "mt0", "--log-level", "loud")],
+     ("ping", "office", "-i", "0"), ("bench",), ("bench", "office", "-s", "17"),
+     ("up", "mt0", "--log-level", "loud")],
 )  # fmt: skip
 def test_usage(martlet: Martlet, arguments: tuple[str, ...]) -> None:
     result = martlet(*arguments)
@@ -216,6 +224,7 @@ def test_up_that_fails(
 
 def test_nothing_is_up(martlet: Martlet) -> None:
     for arguments in (("status",), ("history",), ("ping", "office"), ("status", "mt0"),
+                      ("bench", "office"), ("bench", "mt0/office"),
                       ("down", "mt0"), ("down", "../x"), ("ping", "mt0/office")):  # fmt: skip
         result = martlet(*arguments)
         assert result.code == 1
@@ -276,6 +285,16 @@ def test_ping(martlet: Martlet, tmp_path: Path) -> None:
         assert "does not answer" in result.err
         unknown = martlet("ping", "home", "-c", "1")
         assert unknown.code == 1
+        assert "no peer 'home' here; peers are: office" in unknown.err
+
+
+def test_bench_refused(martlet: Martlet, tmp_path: Path) -> None:
+    with running(tmp_path, "mt0"):
+        result = martlet("bench", "office")
+        assert (result.code, result.out) == (1, "")
+        assert "tunnel mt0: peer office refuses: not today" in result.err
+        unknown = martlet("bench", "mt0/home", "--json")
+        assert (unknown.code, unknown.out) == (1, "")
         assert "no peer 'home' here; peers are: office" in unknown.err
 
 

@@ -67,6 +67,7 @@ def test_minimal_file() -> None:
     assert (interface.mtu, interface.listen_port) == (1420, None)
     assert (peer.name, peer.public_key, peer.public_key.comment) == ("office", KEY_A, "office")
     assert peer.endpoint == (Endpoint("198.51.100.7", 4117),)
+    assert peer.bench
     assert peer.allowed_ips == (ip_network("10.88.0.2/32"), ip_network("fd88::2/128"))
     assert (config.rendezvous, config.ice, config.paths) == (None, IceConfig(), PathsConfig())
 
@@ -265,6 +266,13 @@ def test_element_on_a_line_of_its_own() -> None:
 def test_more_specific_network_of_another_peer_is_fine() -> None:
     config = loads(change("10.88.0.3/32", "10.88.0.0/24"), "x.toml")
     assert config.peers[1].allowed_ips == (ip_network("10.88.0.0/24"),)
+
+
+def test_a_peer_may_be_denied_benches() -> None:
+    assert not loads(MINIMAL + "bench = false\n", "x.toml").peers[0].bench
+    error = fail(MINIMAL + 'bench = "no"\n')
+    assert (error.line, error.key) == (10, "peer[0].bench")
+    assert "true or false" in str(error)
 
 
 def test_ipv4_only_allows_a_small_mtu() -> None:

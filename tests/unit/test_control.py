@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from tunnel.control import (
     MAX_MESSAGE,
     ApplicationError,
+    Bench,
+    BenchReply,
     ControlError,
     ControlReader,
     Goodbye,
@@ -57,6 +59,9 @@ messages = st.one_of(
     st.builds(Ping, tokens),
     st.builds(Pong, tokens),
     st.builds(Goodbye, texts, st.booleans()),
+    st.builds(Bench, tokens, st.ip_addresses().map(str), st.integers(1, 60)),
+    st.builds(BenchReply, tokens, ports, st.binary(min_size=16, max_size=16)),
+    st.builds(BenchReply, tokens, reason=texts),
 )
 
 
@@ -125,6 +130,19 @@ def test_the_form_on_the_wire() -> None:
         "addresses": ["10.88.0.1", "fd88::1"],
         "boot_id": bytes(range(16)),
     }
+    assert fields(Bench(7, "10.88.0.1", 30)) == {
+        "type": "bench",
+        "token": 7,
+        "address": "10.88.0.1",
+        "seconds": 30,
+    }
+    assert fields(BenchReply(7, 99, bytes(16))) == {
+        "type": "bench_reply",
+        "token": 7,
+        "port": 99,
+        "secret": bytes(16),
+        "reason": "",
+    }
 
 
 def test_unknown_types_and_fields_are_ignored() -> None:
@@ -186,6 +204,18 @@ def test_malformed_frames(data: bytes) -> None:
         (Goodbye("x"), "reason", "\x1b[2J"),
         (Goodbye("x"), "reason", "x" * 257),
         (Goodbye("x"), "hold", 1),
+        (Bench(1, "10.88.0.1", 1), "token", -1),
+        (Bench(1, "10.88.0.1", 1), "address", "10.88.0.1/32"),
+        (Bench(1, "10.88.0.1", 1), "address", "fe80::1%eth0"),
+        (Bench(1, "10.88.0.1", 1), "seconds", 0),
+        (Bench(1, "10.88.0.1", 1), "seconds", 61),
+        (Bench(1, "10.88.0.1", 1), "seconds", 1.5),
+        (BenchReply(1, 1, bytes(16)), "port", 65536),
+        (BenchReply(1, 1, bytes(16)), "secret", bytes(15)),
+        (BenchReply(1, 1, bytes(16)), "secret", b""),
+        (BenchReply(1, 1, bytes(16)), "secret", bytes(17)),
+        (BenchReply(1), "reason", "\x1b[2J"),
+        (BenchReply(1), "reason", "x" * 257),
     ],
 )
 def test_fields_are_bounded(message: Message, field: str, value: object) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tunnel.errors import LocalError, PrivilegeError
+from tunnel.events import BenchAnswer
 from tunnel.shell import status
 from tunnel.shell.status import ControlServer, ControlSocket, control_directory, is_alive
 
@@ -67,6 +68,8 @@ class Tunnel:
         self.forgotten = 0
         self.is_down = False
         self.waiting: list[Callable[[float], None]] = []
+        self.offer: BenchAnswer | None = None
+        self.benches: list[tuple[str, int]] = []
 
     def status(self) -> dict[str, Any]:
         return {"interface": "mt0"}
@@ -83,6 +86,14 @@ class Tunnel:
             answered(answer)
         else:
             self.waiting.append(answered)
+        return self._forget
+
+    def bench(
+        self, peer: str, seconds: int, answered: Callable[[BenchAnswer], None]
+    ) -> Callable[[], None]:
+        self.benches.append((peer, seconds))
+        if self.offer is not None:
+            answered(self.offer)
         return self._forget
 
     def _forget(self) -> None:
@@ -157,6 +168,8 @@ def test_requests_and_bad_requests(tmp_path: Path) -> None:
             ({"command": "ping", "peer": "office", "count": "1"}, "count has to be"),
             ({"command": "ping", "peer": "office", "count": True}, "count has to be"),
             (b'{"command":"ping","peer":"office","interval":NaN}\n', "interval has to be"),
+            ({"command": "bench"}, "no peer None here; peers are: office, branch"),
+            ({"command": "bench", "peer": "office", "seconds": 0.5}, "seconds has to be"),
             ({"command": "history"}, "internal error"),  # a bug of ours is not the end
         ):
             answer = await client.ask(bad)
@@ -201,6 +214,40 @@ def test_down_is_answered_at_once_and_held_until_the_end(tmp_path: Path) -> None
         assert not ended.done()
         await server.stop()
         assert await ended is None
+
+    converse(tmp_path, test)
+
+
+def test_a_bench_is_offered_refused_or_not_answered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(status, "BENCH_WAIT", 0.02)
+
+    async def test(tunnel: Tunnel, connect: Any, server: ControlServer) -> None:
+        client = await connect()
+        tunnel.offer = BenchAnswer("office", 1, "10.88.0.2", 4000, bytes(16))
+        assert await client.ask({"command": "bench", "peer": "office", "seconds": 1e6}) == {
+            "ok": True,
+            "result": {
+                "interface": "mt0",
+                "address": "10.88.0.2",
+                "port": 4000,
+                "secret": "00" * 16,
+            },
+        }
+        assert tunnel.benches == [("office", 60)]
+        tunnel.offer = BenchAnswer("office", 2, problem="peer office refuses: no time")
+        assert await client.ask({"command": "bench", "peer": "office", "seconds": 9}) == {
+            "ok": False,
+            "error": "peer office refuses: no time",
+        }
+        tunnel.offer = None
+        assert await client.ask({"command": "bench", "peer": "office", "seconds": 9}) == {
+            "ok": False,
+            "error": "peer office did not answer within 0.02 s",
+            "unreachable": True,
+        }
+        assert tunnel.forgotten == 3
 
     converse(tmp_path, test)
 

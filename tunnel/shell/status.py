@@ -1,4 +1,5 @@
-"""The control socket: how `martlet status`, `history`, `ping` and `down` reach a running tunnel.
+"""The control socket: how `martlet status`, `history`, `ping`, `bench` and `down` reach a running
+tunnel.
 
 A Unix stream socket at /run/martlet/<inode of the network namespace>/NAME.sock, so that two
 namespaces may both have an `mt0`. One JSON object a line, both ways. A request names its `command`:
@@ -9,9 +10,14 @@ namespaces may both have an `mt0`. One JSON object a line, both ways. A request 
                                           -> {"ok": true, "sent": 1}, {"ok": true, "sequence": 1,
                                              "rtt_ms": 20.3} as they happen, at last {"ok": true,
                                              "end": true}; count 0: until the client goes
+    {"command": "bench", "peer": "office", "seconds": 30}
+                                          -> {"ok": true, "result": {...}}: the load that the peer
+                                             serves now, at "address" and "port" through the
+                                             "interface", opened by "secret" (hexadecimal)
     {"command": "down"}                   -> {"ok": true}, then end of file once all is undone
 
-What is wrong with a request is answered as {"ok": false, "error": "..."}.
+What is wrong with a request is answered as {"ok": false, "error": "..."}; with "unreachable": true
+if it is the peer that does not answer.
 """
 
 from __future__ import annotations
@@ -27,7 +33,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
+from tunnel.control import BENCH_SECONDS
 from tunnel.errors import LocalError, PrivilegeError
+from tunnel.events import BenchAnswer
 from tunnel.shell.log import Log
 
 RUN_DIRECTORY = Path("/run/martlet")
@@ -40,6 +48,9 @@ MAX_CLIENTS = 32
 
 PING_WAIT = 2.0
 """Seconds to wait for the last answers after the last ping was sent: as long as any usable path."""
+
+BENCH_WAIT = 2.0
+"""Seconds to wait for what the peer says to a bench: as long as any usable path."""
 
 MIN_PING_INTERVAL = 0.002
 """Seconds: what ping(8) grants to root."""
@@ -61,6 +72,11 @@ class Control(Protocol):
 
     def ping(self, peer: str, answered: Callable[[float], None]) -> Callable[[], None]:
         """Ping a peer; `answered` gets the round-trip time in seconds. Returns what forgets it."""
+
+    def bench(
+        self, peer: str, seconds: int, answered: Callable[[BenchAnswer], None]
+    ) -> Callable[[], None]:
+        """Have a peer serve a load; `answered` gets where, or why not. Returns what forgets it."""
 
     def down(self) -> None:
         """Begin to close the tunnel."""
@@ -203,6 +219,8 @@ class ControlServer:
                 await _answer(writer, {"ok": True, "result": self._control.history()})
             case "ping":
                 await self._ping(request, reader, writer)
+            case "bench":
+                await self._bench(request, writer)
             case "down":
                 await _answer(writer, {"ok": True})
                 self._control.down()
@@ -215,10 +233,7 @@ class ControlServer:
     async def _ping(
         self, request: dict[str, Any], reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
-        peer = request.get("peer")
-        if peer not in self._control.peers():
-            known = ", ".join(self._control.peers()) or "none"
-            raise _BadRequest(f"no peer {peer!r} here; peers are: {known}")
+        peer = self._peer(request)
         count = _number(request, "count", 0, minimum=0)
         interval = _number(request, "interval", 1.0, minimum=MIN_PING_INTERVAL)
         gone = asyncio.ensure_future(reader.read(1))
@@ -239,6 +254,41 @@ class ControlServer:
             gone.cancel()
             # Awaited, for a stream has one reader at a time.
             await asyncio.gather(gone, return_exceptions=True)
+
+    async def _bench(self, request: dict[str, Any], writer: asyncio.StreamWriter) -> None:
+        peer = self._peer(request)
+        seconds = _number(request, "seconds", BENCH_SECONDS, minimum=1)
+        offer: asyncio.Future[BenchAnswer] = asyncio.get_running_loop().create_future()
+
+        def answered(answer: BenchAnswer) -> None:
+            if not offer.done():
+                offer.set_result(answer)
+
+        forget = self._control.bench(peer, min(int(seconds), BENCH_SECONDS), answered)
+        try:
+            answer = await asyncio.wait_for(offer, BENCH_WAIT)
+        except TimeoutError:
+            silent = f"peer {peer} did not answer within {BENCH_WAIT:g} s"
+            await _answer(writer, {**_error(silent), "unreachable": True})
+            return
+        finally:
+            forget()
+        if answer.problem:
+            raise _BadRequest(answer.problem)
+        found = {
+            "interface": self._control.status()["interface"],
+            "address": answer.address,
+            "port": answer.port,
+            "secret": answer.secret.hex(),
+        }
+        await _answer(writer, {"ok": True, "result": found})
+
+    def _peer(self, request: dict[str, Any]) -> str:
+        peer = request.get("peer")
+        if peer not in self._control.peers():
+            known = ", ".join(self._control.peers()) or "none"
+            raise _BadRequest(f"no peer {peer!r} here; peers are: {known}")
+        return str(peer)
 
 
 class _Pings:
