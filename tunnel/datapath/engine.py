@@ -1,7 +1,7 @@
 """What the rest of martlet sees of the native engine: one `Datapath` for all peers of a node.
 
-The engine (`native/`) owns the 1-RTT packets of every connection whose handshake is done, between IP
-packets on one side and datagrams on the other. There are two ways to drive it, over the same code:
+The engine (`native/`) owns the 1-RTT packets of every connection whose handshake is done, between
+IP packets on one side and datagrams on the other. There are two ways to drive it, over one code:
 
 - by the shell, with real descriptors (`drive`): batches move between TUN and UDP without Python;
 - by a simulation or a test, without any: packets and datagrams are passed as bytes.
@@ -19,7 +19,7 @@ Prefix = IPv4Network | IPv6Network
 
 
 class Datapath:
-    """The engine of one node. `allowed` are the networks of each peer, in the order of the lanes."""
+    """The engine of one node. `allowed` are the networks of each peer, in the lanes' order."""
 
     def __init__(self, allowed: Iterable[Iterable[Prefix]] = ()) -> None:
         self.engine = Engine()

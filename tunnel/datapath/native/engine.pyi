@@ -143,8 +143,8 @@ class Report:
     acked: list[int] | None
     lost: list[int] | None
     samples: list[tuple[Path, int, int, int, float, float, bool, int, int, bool]] | None
-    """Path, acked, lost, in flight, RTT, delivery rate, app-limited, delivered, delivered before the
-    newest acknowledged left, spurious losses: as `congestion.Sample`."""
+    """Path, acked, lost, in flight, RTT, delivery rate, app-limited, delivered, delivered before
+    the newest acknowledged left, spurious losses: as `congestion.Sample`."""
     keys: bool
     pto: bool
     wake: bool
