@@ -204,7 +204,7 @@ class PeerConnection(SendingConnection):
             if report.pto:
                 self._on_probe_timeout()
             for opened in report.opened or ():
-                if not opened.path.removed and self._state not in END_STATES:
+                if self._state not in END_STATES:
                     self._on_opened(opened, now)
             if report.error is not None:
                 code, frame, reason = report.error
@@ -248,16 +248,20 @@ class PeerConnection(SendingConnection):
 
     def _on_opened(self, opened: Opened, now: float) -> None:
         """A packet that holds frames for aioquic, or perhaps a move."""
-        path: NetworkPath = opened.path.owner
+        known = opened.path is not None and not opened.path.removed
+        # Its path went meanwhile, but it was acknowledged: what it says must not be lost.
+        path = cast(NetworkPath, opened.path.owner) if known and opened.path else self.active
         if opened.duplicate:
-            self._duplicate(path, opened.number, now)
+            if known:
+                self._duplicate(path, opened.number, now)
             return
         self._rx = Received(path, opened.number, opened.cid, processed=True, moving=opened.moving)
         if opened.frames:
             self._payload(opened, now)
             if self._state in END_STATES or self._close_pending:
                 return
-        self._packet_opened(path, opened.number, now)
+        if known:
+            self._packet_opened(path, opened.number, now)
 
     def _payload(self, opened: Opened, now: float) -> None:
         frames: list[dict[str, Any]] | None = None

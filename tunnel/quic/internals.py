@@ -64,7 +64,14 @@ CONTEXT_ATTRIBUTES = ("_peer_certificate", "_request_client_certificate")
 CRYPTO_CONTEXT_ATTRIBUTES = ("cipher_suite", "key_phase", "secret", "version")
 CRYPTO_PAIR_METHODS = ("encrypt_packet", "key_phase", "update_key")
 CRYPTO_PAIR_ATTRIBUTES = ("aead_tag_size", "recv", "send")
-RECOVERY_ATTRIBUTES = ("_pto_count", "_rtt_initialized", "_rtt_min", "max_ack_delay")
+RECOVERY_ATTRIBUTES = (
+    "_get_loss_space",
+    "_pto_count",
+    "_rtt_initialized",
+    "_rtt_min",
+    "_time_of_last_sent_ack_eliciting_packet",
+    "max_ack_delay",
+)
 SPACE_ATTRIBUTES = ("ack_at", "ack_queue", "sent_packets")
 
 

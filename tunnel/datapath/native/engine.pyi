@@ -127,7 +127,8 @@ class Opened:
     """A packet that is the owner's business: frames of its own, or perhaps a move."""
 
     number: int
-    path: Path
+    path: Path | None
+    """None, or a removed one: it went while the packet waited."""
     cid: bytes
     duplicate: bool
     moving: bool

@@ -661,14 +661,14 @@ cdef class Connection:
                 o = self.c.opened
                 opened = Opened.__new__(Opened)
                 opened.number = o.number
-                opened.path = self.path_of(&self.c.paths[o.path])
+                if self.c.paths[o.path].generation == o.generation:
+                    opened.path = self.path_of(&self.c.paths[o.path])
                 opened.cid = (<char *>o.cid)[:mt.MT_CID]
                 opened.duplicate = o.flags & mt.MT_OPENED_DUPLICATE
                 opened.moving = o.flags & mt.MT_OPENED_MOVING
                 opened.frames = o.flags & mt.MT_OPENED_FRAMES
                 opened.plain = (<char *>o.plain)[:o.length]
-                if opened.path is not None:
-                    r.opened.append(opened)
+                r.opened.append(opened)
                 self.c.opened = o.next
                 free(o)
             self.c.opened_tail = &self.c.opened

@@ -97,6 +97,7 @@ cdef extern from "core/engine.h" nogil:
     struct mt_path:
         bint used
         uint8_t index
+        uint32_t generation
         int socket
         sockaddr_storage to
         socklen_t to_length
@@ -128,6 +129,7 @@ cdef extern from "core/engine.h" nogil:
     struct mt_opened:
         mt_opened *next
         uint64_t number
+        uint32_t generation
         uint8_t path, flags
         uint8_t cid[8]
         uint32_t length

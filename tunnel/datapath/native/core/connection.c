@@ -115,7 +115,9 @@ struct mt_path *mt_conn_add_path(struct mt_conn *c, uint32_t mtu, double initial
         struct mt_path *p = &c->paths[i];
         if (p->used)
             continue;
+        uint32_t generation = p->generation + 1;
         memset(p, 0, sizeof *p);
+        p->generation = generation;
         p->used = true;
         p->index = (uint8_t)i;
         p->socket = -1;
@@ -337,6 +339,7 @@ static void hand_over(struct mt_conn *c, struct mt_path *p, uint64_t number, con
     o->next = NULL;
     o->number = number;
     o->path = p->index;
+    o->generation = p->generation;
     o->flags = (uint8_t)flags;
     memcpy(o->cid, cid, MT_CID);
     o->length = length;

@@ -52,6 +52,7 @@ struct mt_sample {
 struct mt_path {
     bool used;
     uint8_t index;
+    uint32_t generation; /* of what is in this slot */
 
     /* where to: for io/ alone */
     int socket; /* io's number of the local socket, -1: none */
@@ -142,6 +143,7 @@ struct mt_numbers {
 struct mt_opened {
     struct mt_opened *next;
     uint64_t number;
+    uint32_t generation; /* of its path: the slot may hold another by now */
     uint8_t path, flags;
     uint8_t cid[MT_CID];
     uint32_t length;
