@@ -1,4 +1,4 @@
-"""One TCP stream (CUBIC) over a link that loses packets at random, both ways.
+"""One TCP stream (CUBIC, or --congestion) over a link that loses packets at random, both ways.
 
     fast    [A] --veth-- [ M: nftables drops ] --veth-- [B]     0.1%, no delay, no rate limit; each
                                                                 tunnel against its own speed without
@@ -42,13 +42,14 @@ LINKS = ("fast", "slow")
 
 
 def fast(
-    candidates: Sequence[Tunnel], rounds: int, seconds: float, loss: float
+    candidates: Sequence[Tunnel], rounds: int, seconds: float, loss: float, congestion: str
 ) -> tuple[dict[str, list[Round]], list[str]]:
     """All rounds on the fast link; `loss` is a probability."""
 
     def measure(
         ground: Lossy, running: Running, name: str, before: Round | None
     ) -> dict[str, float | None]:
+        ground.congestion = congestion
         ground.lose(0.0)
         tcp = partial(ground.tcp, running.target, seconds)
         clean, clean_use = quiet(running.pids, tcp)
@@ -83,11 +84,13 @@ def slow(
     rtt: float,
     rate: float,
     buffer: float,
+    congestion: str,
 ) -> tuple[dict[str, list[Round]], list[str]]:
     """All rounds on the slow link; seconds, bits a second, and a probability."""
 
     def build(spaces: Namespaces, directory: Path) -> Slow:
         ground = Slow(spaces, directory)
+        ground.congestion = congestion
         ground.shape(rtt=rtt, rate=rate, buffer=buffer)
         return ground
 
@@ -124,6 +127,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--rtt", type=float, default=40.0, metavar="MS")
     parser.add_argument("--rate", type=float, default=50.0, metavar="MBIT")
     parser.add_argument("--buffer", type=float, default=100.0, metavar="MS")
+    parser.add_argument("--congestion", default="cubic", help="control of the TCP; default cubic")
     options = parser.parse_args(arguments)
     if not run.ready("ip", "tc", "iperf3", "ping", "ss", "nft"):
         return 4
@@ -136,7 +140,13 @@ def main(arguments: Sequence[str]) -> int:
     measured: dict[str, list[Round]] = {}
     failed: list[str] = []
     if "fast" in options.links:
-        got, wrong = fast(candidates, options.rounds, options.seconds, options.fast_loss / 100)
+        got, wrong = fast(
+            candidates,
+            options.rounds,
+            options.seconds,
+            options.fast_loss / 100,
+            options.congestion,
+        )
         failed += wrong
         measured |= {f"{name}, fast": rounds for name, rounds in got.items()}
         tables.append(table(run.named(FAST_ROWS, loss=options.fast_loss), got, OURS, peers))
@@ -149,6 +159,7 @@ def main(arguments: Sequence[str]) -> int:
             rtt=options.rtt / 1000,
             rate=options.rate * 1e6,
             buffer=options.buffer / 1000,
+            congestion=options.congestion,
         )
         failed += wrong
         measured |= {f"{name}, slow": rounds for name, rounds in got.items()}

@@ -1,0 +1,1 @@
+"""Fuzzing of the native engine: libFuzzer targets, one .c each."""
