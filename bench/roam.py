@@ -30,15 +30,15 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
 from bench.figures import quantile
 from cli.demo.nat import Kind
-from cli.demo.netns import CommandError
+from cli.demo.netns import CommandError, Namespace, terminate
 from cli.demo.pair import INNER, MARTLET, Pair, PairError, Session
 from cli.demo.probe import Probe
 from cli.demo.world import Happened, HostName, World
@@ -48,6 +48,7 @@ RTT = 0.020  # seconds
 GOALS = {"rebind": RTT + 0.025, "address": 3 * RTT + 0.050, "interface": 3 * RTT + 0.050}
 DEAD = 5.0  # seconds of silence after which an ssh session counts as dead
 _BEFORE = 0.3  # seconds of calm before a move that belong to its window
+_LONGEST = 1200  # seconds that the load of a cell may last
 _STEADY = 0.6  # seconds of flow, both ways, that end a move's window
 _PATIENCE = 8.0  # seconds after which a run is given up
 DIRECTIONS = ("from", "toward")
@@ -95,7 +96,14 @@ class Bed:
     """A world with the tunnel, probes and an ssh session on it, for all runs of one cell."""
 
     def __init__(
-        self, stack: ExitStack, *, family: int, inner: int, kind: Kind, martlet: Sequence[str]
+        self,
+        stack: ExitStack,
+        *,
+        family: int,
+        inner: int,
+        kind: Kind,
+        load: float,
+        martlet: Sequence[str],
     ) -> None:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="martlet-roam-")))
         self.world = stack.enter_context(
@@ -111,6 +119,8 @@ class Bed:
         self.pair.prepare()
         self.pair.up()
         spaces = self.world.a.space, self.world.b.space
+        if load:
+            stack.enter_context(_loaded(*spaces, INNER["B"][inner], load))
         self.probe = Probe(spaces[0], INNER["A"][inner], spaces[1], INNER["B"][inner], directory)
         stack.callback(self.probe.stop)
         self.session = Session(self.pair, family=inner)
@@ -139,6 +149,18 @@ class Bed:
     def paths(self) -> tuple[str, str]:
         """The active paths of A and B."""
         return self.pair.active_path("A"), self.pair.active_path("B")
+
+
+@contextmanager
+def _loaded(near: Namespace, far: Namespace, target: str, mbit: float) -> Iterator[None]:
+    """One TCP stream from A to B through the tunnel, at this rate if it gets it."""
+    server = far.popen(["iperf3", "-s", "-1"])
+    time.sleep(0.3)
+    client = near.popen(["iperf3", "-c", target, "-b", f"{mbit:g}M", "-t", str(_LONGEST)])
+    try:
+        yield
+    finally:
+        terminate([client, server])
 
 
 def measure(cell: Cell, bed: Bed, runs: int, outcome: Outcome) -> None:
@@ -235,6 +257,7 @@ def as_json(outcomes: Sequence[Outcome], options: argparse.Namespace) -> dict[st
         "outside": f"IPv{options.family}",
         "inside": f"IPv{options.inner}",
         "nat": options.nat,
+        "load_mbit": options.load,
         "cells": cells,
     }
 
@@ -248,6 +271,9 @@ def main(arguments: list[str], martlet: Sequence[str] = MARTLET) -> int:
     parser.add_argument("--nat", choices=get_args(Kind), default="full-cone", help="A's NATs")
     parser.add_argument("--only", choices=sorted(GOALS), action="append", help="these moves")
     parser.add_argument("--mover", choices=("A", "B"), help="this end only")
+    parser.add_argument(
+        "--load", type=float, default=0.0, metavar="MBIT", help="of TCP from A to B, all the time"
+    )
     parser.add_argument("--out", type=Path, default=Path("artifacts/roam.json"))
     options = parser.parse_args(arguments)
     if os.geteuid() != 0:
@@ -273,6 +299,7 @@ def main(arguments: list[str], martlet: Sequence[str] = MARTLET) -> int:
                         family=options.family,
                         inner=options.inner,
                         kind=options.nat,
+                        load=options.load,
                         martlet=martlet,
                     )
                     measure(cell, bed, options.runs - before, outcome)
