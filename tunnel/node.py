@@ -10,6 +10,7 @@ import random
 from collections import deque
 from typing import Any, TextIO
 
+from tunnel.benches import BENCH_FEATURE
 from tunnel.config import Config
 from tunnel.control import PROTOCOL_VERSION, ApplicationError, Hello
 from tunnel.datapath.engine import Connection, Datapath
@@ -17,7 +18,7 @@ from tunnel.events import NodeEvent, PeerRefused
 from tunnel.identity import Identity
 from tunnel.ledger import Ledger
 from tunnel.path.network import Address, LocalNetwork, PathKey
-from tunnel.peer import BENCH_FEATURE, Peer, Surroundings
+from tunnel.peer import Peer, Surroundings
 from tunnel.quic.admission import (
     Admitted,
     Door,

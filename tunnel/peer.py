@@ -20,9 +20,9 @@ process may have restarted. The first to answer wins.
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from ipaddress import ip_address
 from typing import Any
 
+from tunnel.benches import Benches
 from tunnel.config import PeerConfig
 from tunnel.control import (
     ApplicationError,
@@ -35,9 +35,8 @@ from tunnel.control import (
     Pong,
 )
 from tunnel.datapath.engine import Lane
+from tunnel.dialling import Dialler
 from tunnel.events import (
-    BenchAnswer,
-    BenchWanted,
     NodeEvent,
     PeerConnecting,
     PeerHolding,
@@ -45,7 +44,6 @@ from tunnel.events import (
     PeerRefused,
     PeerUp,
     PingReply,
-    ResolveWanted,
 )
 from tunnel.ledger import Ledger, Trigger
 from tunnel.path.liveness import HOLD_AFTER, NAT_KEEPALIVE, suspect_deadline
@@ -54,19 +52,12 @@ from tunnel.path.selector import best_from, candidates, unique
 from tunnel.quic.control_stream import Ended, Greeted, Said, Session
 from tunnel.quic.events import MoveContested, PathFailed, PathRefused, PathValidated, PeerMoved
 
-DIAL_STAGGER = 0.05
-"""Seconds between the first Initials on different paths: the best one usually answers first."""
-DIAL_PATHS = 8
-DIAL_TIMEOUT = 5.0
-"""Seconds until a handshake that nobody answered is begun anew, names resolved again."""
 REFUSED_BACKOFF = 5.0
 """Seconds until a peer that turned us away is tried again: somebody must edit a file first."""
 COURTESY_WAIT = 0.25
 """Seconds the end with the larger key waits when both ends can dial."""
 TWIN_WINDOW = 3.0
 """Seconds within which two sessions count as both ends dialling at once; later ones replace."""
-HANDSHAKE_PATIENCE = 3.0
-"""Seconds from the first answer to the peer's Hello, before a dial is given up."""
 REPROBE_INTERVAL = 0.3
 REPROBE_LIMIT = 2.0
 PROBED_PATHS = 4
@@ -74,9 +65,6 @@ REMEMBERED_REMOTES = 3
 """Addresses of the peer that worked before and are asked at again: a NAT's old mappings die."""
 
 HELLO_VERSION = 1
-BENCH_FEATURE = "bench"
-OPEN_BENCHES = 8
-"""Questions that a peer may owe an answer to; older ones are forgotten."""
 APPLICATION_ERROR = 0x0C
 """What an application's close looks like before the handshake is done (RFC 9000 section 10.2.3)."""
 
@@ -111,8 +99,7 @@ class Peer:
         self.lane = lane
         self.state = "connecting"
         self.session: Session | None = None
-        self.dialling: Session | None = None
-        self.resolved = [Address(str(e.ip), e.port) for e in config.endpoint if e.ip is not None]
+        self.dialler = Dialler(config, lambda path, now: dial(self, path, now), emit)
         self.observed: str | None = None
         self.surroundings = Surroundings(LocalNetwork(), 0)
         self.counters = {"handshakes": 0, "suspicions": 0}
@@ -120,14 +107,10 @@ class Peer:
         self._hello = hello
         self._rng = rng
         self._wall_offset = wall_offset
-        self._make_session = dial
         self._emit = emit
         self._smaller = own_key < config.public_key.raw
         # Nobody can dial a port that nobody knows.
         self._waits = dialable and not self._smaller
-        self._dial_at: float | None = None
-        self._dial_queue: list[tuple[float, PathKey]] = []
-        self._resolving = False
         self._suspect_since: float | None = None
         self._reprobe_at: float | None = None
         self._reprobe_interval = REPROBE_INTERVAL
@@ -140,7 +123,7 @@ class Peer:
         self._ask_after = 0.0
         self._keepalive_at: float | None = None
         self._pings: dict[int, float] = {}
-        self._benches: dict[int, str] = {}
+        self._benches = Benches(config, hello, emit)
         self.lane.hold()
 
     # inputs
@@ -148,35 +131,28 @@ class Peer:
     def start(self, now: float) -> None:
         """Begin to look for the peer."""
         self._emit(PeerConnecting(self.name))
-        self._want_dial(now + (COURTESY_WAIT if self._waits else 0.0))
+        self.dialler.want(now + (COURTESY_WAIT if self._waits else 0.0))
 
     def network_changed(self, surroundings: Surroundings, now: float) -> None:
         """A full snapshot of what this host can send from."""
         before = self.surroundings
         self.surroundings = surroundings
-        if self.dialling is not None:
-            self._queue_dial_paths(now)
-        elif self.session is None and self._dial_at is not None:
-            self._dial_at = min(self._dial_at, now)
+        self.dialler.network_changed(surroundings.network, surroundings.port, now)
+        if self.session is None:
+            self.dialler.hurry(now)
         if self.session is not None and self.session.connection.is_open:
             self._reconsider(self.session, before, now)
 
     def endpoints_resolved(self, addresses: list[Address], now: float) -> None:
-        self._resolving = False
-        if addresses:
-            self.resolved = unique(addresses)
-        if self.dialling is not None:
-            self._queue_dial_paths(now)
-        elif self._dial_at is not None and addresses:
-            self._dial_at = min(self._dial_at, now)
+        self.dialler.endpoints_resolved(addresses, now)
 
     def resumed(self, now: float) -> None:
         """The host or the process slept: whatever was known about paths is old."""
         if self.session is not None:
             self.session.connection.path_event(now)
             self._suspect_since = None
-        elif self._dial_at is not None:
-            self._dial_at = now
+        else:
+            self.dialler.hurry(now)
 
     def send_failed(self, key: PathKey, now: float) -> None:
         """The socket of this path refused to send: a fact about one path, known at once."""
@@ -196,68 +172,15 @@ class Peer:
 
     def bench(self, token: int, seconds: int) -> None:
         """Ask the peer to serve a load for `seconds`; there will be a BenchAnswer, or silence."""
-        session = self.session
-        problem = ""
-        if session is None or session.hello is None or self.state != "up":
-            problem = f"peer {self.name} is not up, but {self.state}"
-        elif BENCH_FEATURE not in session.hello.features:
-            problem = f"the martlet of peer {self.name} is too old: it knows no bench"
-        else:
-            theirs = self._inner(session.hello.addresses, self._hello.addresses)
-            if theirs:
-                self._benches[token] = theirs[0]
-                if len(self._benches) > OPEN_BENCHES:
-                    del self._benches[next(iter(self._benches))]  # the oldest
-                session.say(Bench(token=token, address=theirs[0], seconds=seconds))
-                return
-            problem = (
-                f"peer {self.name} has no address inside the tunnel that is in its allowed_ips"
-                " here, and of a family that this host has one of, too"
-            )
-        self._emit(BenchAnswer(self.name, token, problem=problem))
+        self._benches.ask(self.session, self.state, token, seconds)
 
     def bench_served(self, token: int, port: int, secret: bytes, reason: str) -> None:
         """The answer to BenchWanted: port and secret of the load, or port 0 and the reason."""
         if self.session is not None:
             self.session.say(BenchReply(token=token, port=port, secret=secret, reason=reason))
 
-    def _on_bench(self, session: Session, message: Bench) -> None:
-        sources = session.hello.addresses if session.hello is not None else ()
-        sources = self._inner(sources, (message.address,))
-        if not self.config.bench:
-            reason = "benches are off there (bench = false)"
-        elif message.address not in self._hello.addresses:
-            reason = "that is no address of its own"
-        elif not sources:
-            reason = "this host has no address that is in allowed_ips there"
-        else:
-            self._emit(
-                BenchWanted(self.name, message.token, message.address, sources, message.seconds)
-            )
-            return
-        session.say(BenchReply(token=message.token, reason=reason))
-
-    def _on_bench_reply(self, reply: BenchReply) -> None:
-        address = self._benches.pop(reply.token, None)
-        if address is None:
-            return
-        problem = ""
-        if not reply.port:
-            problem = f"peer {self.name} refuses: {reply.reason or 'no reason given'}"
-        self._emit(BenchAnswer(self.name, reply.token, address, reply.port, reply.secret, problem))
-
-    def _inner(self, theirs: tuple[str, ...], ours: tuple[str, ...]) -> tuple[str, ...]:
-        """The peer's addresses that are its own by our configuration, and of a family of ours."""
-        families = {ip_address(address).version for address in ours}
-        return tuple(
-            str(address)
-            for address in map(ip_address, theirs)
-            if address.version in families
-            and any(address in network for network in self.config.allowed_ips)
-        )
-
     def goodbye(self, reason: str) -> None:
-        for session in (self.session, self.dialling):
+        for session in (self.session, self.dialler.session):
             if session is not None and session.said_hello:
                 session.say(Goodbye(reason=reason))
 
@@ -265,7 +188,7 @@ class Peer:
         """The peer says, unforgeably, that it does not know this connection."""
         if session is self.session:
             self._lose_session(now)
-            self._want_dial(now)
+            self.dialler.want(now)
 
     # sessions
 
@@ -284,8 +207,7 @@ class Peer:
         if not restarted and twins and old.dialled != session.dialled:
             if session.dialled != self._smaller:
                 session.close(ApplicationError.DUPLICATE, "both ends dialled")
-                if session is self.dialling:
-                    self.dialling = None
+                self.dialler.forget(session)
                 return
             code, reason = ApplicationError.DUPLICATE, "both ends dialled"
         else:
@@ -317,13 +239,9 @@ class Peer:
             self.session.connection.detach()
         self.session = session
         self.counters["handshakes"] += 1
-        if self.dialling is session:
-            self.dialling = None
-        elif self.dialling is not None and not self.dialling.said_hello:
-            self.dialling.close(ApplicationError.NO_ERROR, "not needed any more")
-            self.dialling = None
-        self._dial_at = None
-        self._dial_queue = []
+        if not self.dialler.forget(session):
+            self.dialler.give_up("not needed any more")
+        self.dialler.cancel()
         self._suspect_since = self._reprobe_at = None
         session.connection.attach(self.lane)
         session.say(Observed(address=str(session.active.remote)))
@@ -349,29 +267,28 @@ class Peer:
             if asked is not None:
                 self._emit(PingReply(self.name, message.token, now - asked))
         elif isinstance(message, Bench):
-            self._on_bench(session, message)
+            self._benches.on_asked(session, message)
         elif isinstance(message, BenchReply):
-            self._on_bench_reply(message)
+            self._benches.on_reply(message)
         elif isinstance(message, Observed):
             self.observed = message.address
         elif isinstance(message, Goodbye) and session is self.session:
             self._lose_session(now)
-            self._want_dial(now + 1.0)
+            self.dialler.want(now + 1.0)
 
     def _on_ended(self, session: Session, event: Ended, now: float) -> None:
-        if session is self.dialling:
-            self.dialling = None
+        if self.dialler.forget(session):
             if self.session is None:
                 if event.application is None and event.code != APPLICATION_ERROR:
                     reason = event.reason or f"connection error {event.code:#x}"
                     self._emit(PeerRefused(self.name, reason))
-                    self._want_dial(now + REFUSED_BACKOFF)
+                    self.dialler.want(now + REFUSED_BACKOFF)
                 else:
-                    self._want_dial(now + 1.0)
+                    self.dialler.want(now + 1.0)
         elif session is self.session:
             self._lose_session(now)
             goodbye = event.application is ApplicationError.GOODBYE
-            self._want_dial(now + (1.0 if goodbye else 0.1))
+            self.dialler.want(now + (1.0 if goodbye else 0.1))
 
     def _lose_session(self, now: float) -> None:
         if self.session is not None:
@@ -383,43 +300,6 @@ class Peer:
             self.state = "connecting"
             self._emit(PeerConnecting(self.name))
 
-    # dialling
-
-    def _want_dial(self, at: float) -> None:
-        if self.config.endpoint and self.dialling is None:
-            self._dial_at = at if self._dial_at is None else min(at, self._dial_at)
-
-    def _begin_dial(self, now: float) -> None:
-        self._dial_at = None
-        if self.dialling is not None:
-            return
-        names = tuple(e for e in self.config.endpoint if e.ip is None)
-        if names and not self._resolving:
-            self._resolving = True
-            self._emit(ResolveWanted(self.name, self.config.endpoint))
-        found = self._dial_paths()
-        if not found:
-            self._dial_at = now + 1.0  # sooner when the network changes or a name resolves
-            return
-        self.dialling = self._make_session(self, found[0], now)
-        self.dialling.connection.dial(now)
-        self._dial_queue = []
-        self._queue_dial_paths(now)
-
-    def _dial_paths(self) -> list[PathKey]:
-        network, port = self.surroundings.network, self.surroundings.port
-        return candidates(network, port, self.resolved, limit=DIAL_PATHS)
-
-    def _queue_dial_paths(self, now: float) -> None:
-        if self.dialling is None:
-            return
-        known = {*self.dialling.connection.dial_paths, *(key for _, key in self._dial_queue)}
-        at = max([now, *(at for at, _ in self._dial_queue)])
-        for key in self._dial_paths():
-            if key not in known:
-                at += DIAL_STAGGER
-                self._dial_queue.append((at, key))
-
     # the active path
 
     def _remotes(self, session: Session) -> list[Address]:
@@ -428,7 +308,7 @@ class Peer:
         recent = [path.addr.remote for path in proven[:REMEMBERED_REMOTES]]
         active, trusted = session.connection.active, session.connection.proven_remote
         first = [active.addr.remote] if active.address_validated else [trusted]
-        return unique([*first, *self.resolved, *recent, active.addr.remote])
+        return unique([*first, *self.dialler.resolved, *recent, active.addr.remote])
 
     def _reconsider(self, session: Session, before: Surroundings, now: float) -> None:
         """The network changed under a session."""
@@ -574,7 +454,7 @@ class Peer:
             self._emit(PeerHolding(self.name))
         self.lane.hold()
         if self.session is not None:
-            self._want_dial(now)
+            self.dialler.want(now)
 
     def _hold_at(self, session: Session) -> float | None:
         waiting = self._waiting_since(session)
@@ -621,10 +501,8 @@ class Peer:
             session.connection.nudge()
         if self.state == "holding" and progress > self._held_at:
             self._set_up(now)
-            if self.dialling is not None and not self.dialling.said_hello:
-                self.dialling.close(ApplicationError.NO_ERROR, "the old connection is back")
-                self.dialling = None
-            self._dial_at = None
+            self.dialler.give_up("the old connection is back")
+            self.dialler.cancel()
         give_up_at = self._give_up_at(session)
         if give_up_at is not None and now >= give_up_at and self._suspect_since is not None:
             at = session.connection.active.metrics.waiting_since or self._suspect_since
@@ -633,9 +511,7 @@ class Peer:
     # time
 
     def get_timer(self) -> float | None:
-        times = [self._dial_at, *(at for at, _ in self._dial_queue)]
-        if self.dialling is not None:
-            times.append(self._dial_expires(self.dialling))
+        times = [self.dialler.get_timer()]
         session = self.session
         if session is not None and session.connection.is_open:
             times += [self._suspect_at(session), self._reprobe_at, self._keepalive_at]
@@ -645,9 +521,7 @@ class Peer:
         return min(known) if known else None
 
     def handle_timer(self, now: float) -> None:
-        if self._dial_at is not None and now >= self._dial_at:
-            self._begin_dial(now)
-        self._dial_more(now)
+        self.dialler.handle_timer(now)
         session = self.session
         if session is None or not session.connection.is_open:
             return
@@ -667,24 +541,6 @@ class Peer:
             self._keepalive_at = last + NAT_KEEPALIVE
         self.poll(now)
 
-    def _dial_more(self, now: float) -> None:
-        dialling = self.dialling
-        if dialling is None:
-            self._dial_queue = []
-            return
-        while self._dial_queue and self._dial_queue[0][0] <= now:
-            dialling.connection.add_dial_path(self._dial_queue.pop(0)[1])
-        if now >= self._dial_expires(dialling):
-            dialling.close(ApplicationError.NO_ERROR, "no answer")
-            self.dialling = None
-            self._want_dial(now)
-
-    def _dial_expires(self, dialling: Session) -> float:
-        heard = dialling.connection.heard_at
-        if heard is None:
-            return dialling.started_at + DIAL_TIMEOUT
-        return max(heard, dialling.started_at) + HANDSHAKE_PATIENCE
-
     # status
 
     def status(self) -> dict[str, Any]:
@@ -700,7 +556,7 @@ class Peer:
                     {
                         "local": str(path.addr.local),
                         "remote": str(path.addr.remote),
-                        "kind": "host" if path.addr.remote in self.resolved else "prflx",
+                        "kind": "host" if path.addr.remote in self.dialler.resolved else "prflx",
                         "state": path.state.value,
                         "active": path is session.connection.active,
                         "rtt_ms": round(metrics.rtt_smoothed * 1e3, 3) if metrics.has_rtt else None,

@@ -62,7 +62,7 @@ def test_both_ends_dial_at_once(seed: int) -> None:
     world.boot()
     for name in "ab":  # no politeness: really at the same time
         peer = world.peer(name)
-        if peer.dialling is None:
+        if peer.dialler.session is None:
             peer._begin_dial(world.now)
             world.pump(world.hosts[name])
     world.run_until(lambda: world.both_up, 2.0)

@@ -1,0 +1,156 @@
+"""Looking for one peer: from where, to which of its addresses, when, and for how long.
+
+Initials of one handshake leave on the best path at once and on the others staggered; the first to
+be answered is the path of the session. A handshake that nobody answers is begun anew, with names
+resolved again, for as long as somebody wants the peer.
+"""
+
+from collections.abc import Callable
+
+from tunnel.config import PeerConfig
+from tunnel.control import ApplicationError
+from tunnel.events import NodeEvent, ResolveWanted
+from tunnel.path.network import Address, LocalNetwork, PathKey
+from tunnel.path.selector import candidates, unique
+from tunnel.quic.control_stream import Session
+
+DIAL_STAGGER = 0.05
+"""Seconds between the first Initials on different paths: the best one usually answers first."""
+DIAL_PATHS = 8
+DIAL_TIMEOUT = 5.0
+"""Seconds until a handshake that nobody answered is begun anew, names resolved again."""
+HANDSHAKE_PATIENCE = 3.0
+"""Seconds from the first answer to the peer's Hello, before a dial is given up."""
+NOWHERE_RETRY = 1.0
+"""Seconds until a dial without any path is tried again; sooner when something changes."""
+
+
+class Dialler:
+    """The handshake under way with a peer, or the wish for one. Times are monotonic seconds.
+
+    `make` begins a session on a path; `emit` asks the shell to resolve names.
+    """
+
+    def __init__(
+        self,
+        config: PeerConfig,
+        make: Callable[[PathKey, float], Session],
+        emit: Callable[[NodeEvent], None],
+    ) -> None:
+        self.session: Session | None = None
+        """The handshake under way."""
+        self.resolved = [Address(str(e.ip), e.port) for e in config.endpoint if e.ip is not None]
+        """Where the peer may be, as far as names are resolved."""
+        self._config = config
+        self._make = make
+        self._emit = emit
+        self._network, self._port = LocalNetwork(), 0
+        self._at: float | None = None
+        self._queue: list[tuple[float, PathKey]] = []
+        self._resolving = False
+
+    # what the peer wants
+
+    def want(self, at: float) -> None:
+        """Dial at that time at the latest, if there is an endpoint, unless it is being done."""
+        if self._config.endpoint and self.session is None:
+            self._at = at if self._at is None else min(at, self._at)
+
+    def hurry(self, now: float) -> None:
+        """Dial now what is to be dialled at all: something has changed."""
+        if self._at is not None:
+            self._at = min(self._at, now)
+
+    def cancel(self) -> None:
+        """Nobody needs a new session any more; one that is under way may go on."""
+        self._at = None
+        self._queue = []
+
+    def give_up(self, reason: str) -> None:
+        """End the handshake under way, unless the peer may count on it already."""
+        if self.session is not None and not self.session.said_hello:
+            self.session.close(ApplicationError.NO_ERROR, reason)
+            self.session = None
+
+    def forget(self, session: Session) -> bool:
+        """Whether this was the handshake under way; it is not any more."""
+        if session is not self.session:
+            return False
+        self.session = None
+        return True
+
+    # inputs
+
+    def network_changed(self, network: LocalNetwork, port: int, now: float) -> None:
+        self._network, self._port = network, port
+        self._queue_paths(now)
+
+    def endpoints_resolved(self, addresses: list[Address], now: float) -> None:
+        self._resolving = False
+        if addresses:
+            self.resolved = unique(addresses)
+        if self.session is not None:
+            self._queue_paths(now)
+        elif addresses:
+            self.hurry(now)
+
+    def get_timer(self) -> float | None:
+        times = [at for at, _ in self._queue]
+        if self._at is not None:
+            times.append(self._at)
+        if self.session is not None:
+            times.append(self._expires(self.session))
+        return min(times, default=None)
+
+    def handle_timer(self, now: float) -> None:
+        if self._at is not None and now >= self._at:
+            self._begin(now)
+        session = self.session
+        if session is None:
+            self._queue = []
+            return
+        while self._queue and self._queue[0][0] <= now:
+            session.connection.add_dial_path(self._queue.pop(0)[1])
+        if now >= self._expires(session):
+            session.close(ApplicationError.NO_ERROR, "no answer")
+            self.session = None
+            self.want(now)
+
+    # below
+
+    def _begin(self, now: float) -> None:
+        self._at = None
+        if self.session is not None:
+            return
+        names = tuple(e for e in self._config.endpoint if e.ip is None)
+        if names and not self._resolving:
+            self._resolving = True
+            self._emit(ResolveWanted(self._config.name, self._config.endpoint))
+        found = self._paths()
+        if not found:
+            self._at = now + NOWHERE_RETRY
+            return
+        self.session = self._make(found[0], now)
+        self.session.connection.dial(now)
+        self._queue = []
+        self._queue_paths(now)
+
+    def _paths(self) -> list[PathKey]:
+        return candidates(self._network, self._port, self.resolved, limit=DIAL_PATHS)
+
+    def _queue_paths(self, now: float) -> None:
+        if self.session is None:
+            return
+        known = {*self.session.connection.dial_paths, *(key for _, key in self._queue)}
+        at = max([now, *(at for at, _ in self._queue)])
+        for key in self._paths():
+            if key not in known:
+                at += DIAL_STAGGER
+                self._queue.append((at, key))
+
+    @staticmethod
+    def _expires(session: Session) -> float:
+        heard = session.connection.heard_at
+        if heard is None:
+            return session.started_at + DIAL_TIMEOUT
+        return max(heard, session.started_at) + HANDSHAKE_PATIENCE
