@@ -63,7 +63,8 @@ def test_both_ends_dial_at_once(seed: int) -> None:
     for name in "ab":  # no politeness: really at the same time
         peer = world.peer(name)
         if peer.dialler.session is None:
-            peer._begin_dial(world.now)
+            peer.dialler.want(world.now)
+            peer.dialler.handle_timer(world.now)
             world.pump(world.hosts[name])
     world.run_until(lambda: world.both_up, 2.0)
     world.run(1.0)

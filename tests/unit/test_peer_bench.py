@@ -35,6 +35,7 @@ def change(world: World, name: str, **fields: object) -> Peer:
     """Alter the peer's configuration at a host."""
     peer = world.peer(name)
     peer.config = msgspec.structs.replace(peer.config, **fields)
+    peer._benches._config = peer.config
     return peer
 
 
