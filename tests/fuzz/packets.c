@@ -342,7 +342,7 @@ static void step(struct input *in)
     case 15:
         p = some_path(in);
         if (p->has_cid)
-            mt_conn_activate(c, p, now);
+            mt_conn_activate(c, p);
         break;
     case 16:
         p = some_path(in);

@@ -354,10 +354,10 @@ def test_no_path_has_a_size_that_cannot_be(size: int) -> None:
 def test_what_waits_for_a_removed_path_does_not_leave_elsewhere() -> None:
     near, _ = ends()
     second = near.add_path()
-    near.connection.activate(second, START)
+    near.connection.activate(second)
     near.lane.push(numbered(1), START)
     assert near.connection.seal(START) == 1
-    near.connection.activate(near.path, START)
+    near.connection.activate(near.path)
     second.remove()
     near.add_path()
     near.lane.push(numbered(2), START)

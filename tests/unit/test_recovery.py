@@ -441,7 +441,7 @@ def test_only_the_active_path_arms_the_probe_timer() -> None:
     rig = Rig()
     rig.send(rig.two, 1.0)
     assert rig.timer() is None
-    rig.connection.activate(rig.two, START + 1.0)
+    rig.connection.activate(rig.two)
     assert rig.timer() is not None
 
 

@@ -178,7 +178,7 @@ class PathConnection(QuicConnection):
     @active.setter
     def active(self, path: NetworkPath) -> None:
         self._active = path
-        self._engine.activate(path.metrics, self._now)
+        self._engine.activate(path.metrics)
 
     @property
     def _peer_path(self) -> NetworkPath:

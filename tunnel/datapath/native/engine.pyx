@@ -493,8 +493,8 @@ cdef class Connection:
     def active(self):
         return self.path_of(self.c.active)
 
-    def activate(self, Path path, double now):
-        mt.mt_conn_activate(self.c, path.live(), us(now))
+    def activate(self, Path path):
+        mt.mt_conn_activate(self.c, path.live())
 
     @property
     def peer_path(self):
@@ -536,16 +536,8 @@ cdef class Connection:
         if not mt.mt_conn_skip_to(self.c, value):
             raise MemoryError
 
-    @property
-    def largest_received(self):
-        return <int64_t>self.c.received.arrived.end - 1
-
     def note_received(self, uint64_t number):
         mt.mt_received_add(&self.c.received, number, False, 0)
-
-    def note_acked(self, uint64_t largest):
-        self.c.largest_acked = largest
-        self.c.has_acked = True
 
     def acknowledge_at(self, double now):
         """Acknowledge at once, with or without anything new."""
@@ -638,10 +630,6 @@ cdef class Connection:
         self.c.woken = False
 
     # events
-
-    @property
-    def has_events(self):
-        return self.c.events != 0
 
     def take(self, double now):
         """Everything since the last call, or None."""

@@ -238,7 +238,7 @@ cdef extern from "core/engine.h" nogil:
     bint mt_conn_set_host_cids(mt_conn *c, const uint8_t (*cids)[8], uint32_t count)
     mt_path *mt_conn_add_path(mt_conn *c, uint32_t mtu, double initial_rtt)
     void mt_conn_remove_path(mt_conn *c, mt_path *p)
-    void mt_conn_activate(mt_conn *c, mt_path *p, mt_time now)
+    void mt_conn_activate(mt_conn *c, mt_path *p)
     void mt_path_inherit(mt_path *p, const mt_path *other)
     void mt_path_add_rtt(mt_path *p, double rtt, double ack_delay)
     void mt_conn_forgive(mt_conn *c, mt_path *p)

@@ -95,7 +95,6 @@ bool mt_conn_start(struct mt_conn *c, struct mt_keys *keys, mt_time now)
     c->running = true;
     c->heard_at = now;
     c->peer_path = c->active;
-    c->path_since = now;
     return mt_conn_set_host_cids(c, c->host_cids, c->host_cid_count);
 }
 
@@ -150,12 +149,11 @@ void mt_conn_remove_path(struct mt_conn *c, struct mt_path *p)
         c->copies = NULL;
 }
 
-void mt_conn_activate(struct mt_conn *c, struct mt_path *p, mt_time now)
+void mt_conn_activate(struct mt_conn *c, struct mt_path *p)
 {
     if (c->active == p)
         return;
     c->active = p;
-    c->path_since = now;
     c->pto_count = 0;
     c->woken = false;
     c->pace_at = MT_NEVER;
@@ -531,7 +529,6 @@ static bool may_send(struct mt_conn *c, struct mt_path *p, uint32_t size, mt_tim
     } else if (mt_path_sendable(p) >= size && recovery_has_room(c)) {
         return true;
     }
-    c->blocked = true;
     return false;
 }
 
@@ -641,7 +638,6 @@ uint32_t mt_conn_seal(struct mt_conn *c, mt_time now)
 {
     struct mt_path *p = c->active;
     uint32_t before = c->engine->packet_count;
-    c->blocked = false;
     c->pace_at = MT_NEVER;
     if (c->running && c->received.eliciting && c->received.at_once)
         acknowledge(c, now);

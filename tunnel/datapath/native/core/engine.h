@@ -206,14 +206,12 @@ struct mt_conn {
     uint64_t largest_moving;
     bool has_moving;
     mt_time heard_at;
-    mt_time path_since; /* when `active` became it */
 
     uint32_t pto_count;
     mt_time max_pto; /* microseconds at which back-off ends */
     mt_time patience; /* microseconds until a silent path is reported; 0: never */
     bool woken;
     mt_time pace_at;
-    bool blocked; /* data waits for the window, the pacer or the ring */
 
     uint8_t host_cids[MT_HOST_CIDS][MT_CID];
     uint32_t host_cid_count;
@@ -311,7 +309,7 @@ bool mt_conn_set_host_cids(struct mt_conn *c, const uint8_t (*cids)[MT_CID], uin
 struct mt_path *mt_conn_add_path(struct mt_conn *c, uint32_t mtu, double initial_rtt);
 /* What was in flight there is lost without blame. The active path cannot be removed. */
 void mt_conn_remove_path(struct mt_conn *c, struct mt_path *p);
-void mt_conn_activate(struct mt_conn *c, struct mt_path *p, mt_time now);
+void mt_conn_activate(struct mt_conn *c, struct mt_path *p);
 /* The window and RTT of another path: only the peer's port changed (RFC 9000 section 9.4). */
 void mt_path_inherit(struct mt_path *p, const struct mt_path *from);
 void mt_path_add_rtt(struct mt_path *p, double rtt, double ack_delay);
