@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from cli.demo.world import World
+from tests.lab.hosts import Host, two_hosts
 from tests.lab.scenario import Scenario, requirements
 
 _SCENARIOS = pytest.StashKey[list[Scenario]]()
@@ -61,3 +62,10 @@ def make_scenario(request: pytest.FixtureRequest) -> Iterator[Callable[..., Scen
             return stack.enter_context(scenario)
 
         yield make
+
+
+@pytest.fixture
+def hosts(tmp_path: Path) -> Iterator[tuple[Host, Host]]:
+    """Two hosts on one wire that run the command `martlet` as users start it."""
+    with two_hosts(tmp_path) as pair:
+        yield pair

@@ -11,39 +11,19 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from cli.demo.netns import Namespaces
-from tests.lab.test_shell import CONFIG, MARTLET, Host, until
-from tunnel.identity import Identity
+from tests.lab.hosts import MARTLET, Host, until
 
 Tunnels = dict[str, subprocess.Popen[bytes]]
 
 
-@pytest.fixture
-def hosts(tmp_path: Path) -> Iterator[tuple[Host, Host]]:
-    keys = {1: Identity.generate(), 2: Identity.generate()}
-    with Namespaces() as spaces:
-        made = []
-        for own, other, port, endpoint in (
-            (1, 2, 0, 'endpoint = "192.0.2.2:4117"'),
-            (2, 1, 4117, ""),
-        ):
-            keys[own].save(tmp_path / str(own))
-            config = tmp_path / f"{own}.toml"
-            key = keys[other].public_key.openssh
-            config.write_text(
-                CONFIG.format(own=own, other=other, port=port, endpoint=endpoint, key=key)
-            )
-            made.append(Host(spaces.create("ab"[own - 1]), config))
-        a, b = made
-        spaces.veth(a.space, "eth0", b.space, "eth0")
-        a.space.batch("addr add 192.0.2.1/24 dev eth0")
-        b.space.batch("addr add 192.0.2.2/24 dev eth0")
-        yield a, b
+def sent(host: Host) -> int:
+    """Bytes that the host's paths have carried away."""
+    status = json.loads(host.martlet("status", "--json").stdout)
+    return sum(path["tx_bytes"] for path in status["peers"][0]["paths"])
 
 
 def up(*hosts: Host) -> list[subprocess.Popen[bytes]]:
@@ -94,7 +74,7 @@ def test_a_bench_of_a_running_tunnel(hosts: tuple[Host, Host]) -> None:
         assert path["idle"]["tx_bytes"] < path["upload"]["tx_bytes"] / 5
     until(lambda: not children(at_b), lambda: children(at_b))
 
-    time.sleep(1)
+    time.sleep(1)  # a peer starts no more than one bench a second
     done = a.martlet("bench", "other", "-s", "1")
     assert done.returncode == 0, done.stderr
     lines = [line.split() for line in done.stdout.splitlines() if line.strip()]
@@ -113,7 +93,7 @@ def test_a_bench_survives_a_move(hosts: tuple[Host, Host]) -> None:
         running = a.space.popen(
             [*MARTLET, "bench", "other", "-s", "2", "--json"], stdout=out, log=a.log
         )
-        time.sleep(4)  # it uploads by now
+        until(lambda: sent(a) > 1_000_000, a.log.read_text)  # it uploads
         a.space.batch("addr del 192.0.2.1/24 dev eth0", "addr add 192.0.2.7/24 dev eth0")
         assert running.wait(30) == 0, a.log.read_text()
     result = json.loads(found.read_text())
