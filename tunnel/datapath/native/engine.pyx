@@ -625,10 +625,6 @@ cdef class Connection:
     def patience(self, double value):
         self.c.patience = us(value)
 
-    def watch(self):
-        """Report the present silence (again) when it is past `patience`."""
-        self.c.woken = False
-
     # events
 
     def take(self, double now):
