@@ -32,6 +32,7 @@ from tunnel.datapath.engine import Connection, Datapath, Lane
 from tunnel.path.liveness import suspect_deadline
 from tunnel.path.network import Address, PathKey
 from tunnel.path.path import PathState
+from tunnel.quic.exporter import Exporter
 from tunnel.quic.keys import MAX_PACKETS_PER_KEY, EngineKeys
 from tunnel.quic.mutual_tls import KeyPredicate, PinnedContext
 from tunnel.quic.paths import START_MTU, ApparentMove, NetworkPath, Received
@@ -95,6 +96,7 @@ class PathConnection(QuicConnection):
             max_sealed=max_packets_per_key or MAX_PACKETS_PER_KEY, max_pto=MAX_PTO_INTERVAL
         )
         self._recovery: EngineRecovery | None = None
+        self._exporter: Exporter | None = None
 
         self._paths: dict[PathKey, NetworkPath] = {}
         self._active = self._paths[path] = self._new_path(path)
@@ -228,6 +230,15 @@ class PathConnection(QuicConnection):
         context = getattr(self, "tls", None)
         return context.peer_key if isinstance(context, PinnedContext) else None
 
+    def export(self, label: bytes, context: bytes, length: int) -> bytes:
+        """Keying material that only the two ends of this connection have (RFC 8446 section 7.5).
+
+        Raises RuntimeError before the handshake has come that far.
+        """
+        if self._exporter is None:
+            raise RuntimeError("nothing can be exported before the handshake is done")
+        return self._exporter.export(label, context, length)
+
     def peer_reset_tokens(self) -> set[bytes]:
         """Tokens that, at the end of an otherwise unreadable datagram, mean: the peer is reset."""
         held = [self._peer_cid, *(p.peer_cid for p in self._paths.values())]
@@ -242,6 +253,20 @@ class PathConnection(QuicConnection):
         super()._initialize(peer_cid)
         PinnedContext.adopt(self.tls, is_client=self._is_client, accepts=self._accepts)
         self._cryptos[tls.Epoch.ONE_RTT] = self._keys
+
+    def _update_traffic_key(
+        self,
+        direction: tls.Direction,
+        epoch: tls.Epoch,
+        cipher_suite: tls.CipherSuite,
+        secret: bytes,
+    ) -> None:
+        # The first 1-RTT key of either role is derived when the transcript ends with the server's
+        # Finished, which is what the exporter's secret is made of.
+        first = tls.Direction.DECRYPT if self._is_client else tls.Direction.ENCRYPT
+        if epoch is tls.Epoch.ONE_RTT and direction is first:
+            self._exporter = Exporter.at_server_finished(self.tls.key_schedule)
+        super()._update_traffic_key(direction, epoch, cipher_suite, secret)
 
     def _adopt_handshake_path(self, path: NetworkPath, now: float) -> None:
         """Until the handshake is confirmed, the newest authentic packet says where to answer."""

@@ -28,6 +28,7 @@ CONNECTION_METHODS = (
     "_retire_peer_cid",
     "_send_probe",
     "_serialize_transport_parameters",
+    "_update_traffic_key",
     "_write_application",
     "_write_path_challenge_frame",
     "_write_path_response_frame",
