@@ -16,7 +16,7 @@ from __future__ import annotations
 import re
 from enum import IntEnum
 from ipaddress import ip_address
-from typing import Annotated, Final, TypeAlias, get_args
+from typing import Annotated, Final, Literal, TypeAlias, get_args
 
 import msgspec
 from msgspec import Meta, Struct
@@ -25,7 +25,7 @@ from tunnel.config import Endpoint
 from tunnel.errors import PeerError
 
 MAX_MESSAGE = 4096
-"""Bytes of a body. The largest message of today, a Hello with full lists, stays below."""
+"""Bytes of a body. The largest of today, a Hello and a Candidates with full lists, stay below."""
 _PREFIX = 4
 
 BOOT_ID_LENGTH = 16
@@ -86,12 +86,35 @@ class Observed(_Message, frozen=True):
     address: Annotated[str, Meta(max_length=64)]
 
     def __post_init__(self) -> None:
-        try:
-            known = Endpoint.parse(self.address).ip is not None
-        except ValueError:
-            known = False
-        if not known:
-            raise ValueError("the observed address is not an IP address and a port")
+        _check_outer(self.address)
+
+
+class CandidateEntry(Struct, frozen=True):
+    """One of the addresses in `Candidates`."""
+
+    address: Annotated[str, Meta(max_length=64)]
+    """As in `Observed`."""
+    kind: Literal["host", "srflx", "prflx", "relay"]
+    """How it was learnt (RFC 8445 section 4)."""
+    rank: Annotated[int, Meta(ge=0, le=255)]
+    """The order of its interface at its owner: 0 best."""
+    metered: bool
+
+    def __post_init__(self) -> None:
+        _check_outer(self.address)
+
+
+class Candidates(_Message, frozen=True):
+    """All addresses at which this end may be reached, the best first.
+
+    Always the whole list, and the newest generation wins: whatever was lost with a connection or
+    said twice, two ends can never get out of step, which with "added" and "removed" one forgotten
+    message would do for good. A list is 2.8 kB at the most, and rare.
+    """
+
+    generation: Annotated[int, Meta(ge=0, le=2**63 - 1)]
+    """Grows with each list of a connection."""
+    candidates: Annotated[tuple[CandidateEntry, ...], Meta(max_length=32)]
 
 
 class Ping(_Message, frozen=True):
@@ -149,7 +172,7 @@ class BenchReply(_Message, frozen=True, tag="bench_reply"):
             raise ValueError("the reason is not printable text")
 
 
-Message: TypeAlias = Hello | Observed | Ping | Pong | Goodbye | Bench | BenchReply
+Message: TypeAlias = Hello | Observed | Candidates | Ping | Pong | Goodbye | Bench | BenchReply
 
 
 class _Envelope(Struct):
@@ -211,6 +234,15 @@ class ControlReader:
             raise
         del self._buffer[:start]
         return messages
+
+
+def _check_outer(address: str) -> None:
+    try:
+        known = Endpoint.parse(address).ip is not None
+    except ValueError:
+        known = False
+    if not known:
+        raise ValueError("an address is not an IP address and a port")
 
 
 def _check_inner(address: str) -> None:

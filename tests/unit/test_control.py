@@ -14,6 +14,8 @@ from tunnel.control import (
     ApplicationError,
     Bench,
     BenchReply,
+    CandidateEntry,
+    Candidates,
     ControlError,
     ControlReader,
     Goodbye,
@@ -26,6 +28,7 @@ from tunnel.control import (
 )
 from tunnel.errors import PeerError
 
+ENTRY = CandidateEntry("192.0.2.1:1", "host", 0, False)
 HELLO = Hello(1, ("copies", "parts"), ("10.88.0.1", "fd88::1"), bytes(range(16)))
 
 
@@ -37,6 +40,11 @@ def frame(body: object) -> bytes:
 def fields(message: Message) -> dict[str, object]:
     decoded: dict[str, object] = msgspec.msgpack.decode(encode(message)[4:])
     return decoded
+
+
+def fields_of(entry: CandidateEntry) -> dict[str, object]:
+    found: dict[str, object] = msgspec.to_builtins(entry)
+    return found
 
 
 tokens = st.integers(0, 2**63 - 1)
@@ -52,10 +60,18 @@ addresses = st.one_of(
     st.builds("{}:{}".format, st.ip_addresses(v=4), ports),
     st.builds("[{}]:{}".format, st.ip_addresses(v=6), ports),
 )
+entries = st.builds(
+    CandidateEntry,
+    addresses,
+    st.sampled_from(["host", "srflx", "prflx", "relay"]),
+    st.integers(0, 255),
+    st.booleans(),
+)
 texts = st.text(max_size=256).filter(str.isprintable)
 messages = st.one_of(
     hellos,
     st.builds(Observed, addresses),
+    st.builds(Candidates, tokens, st.lists(entries, max_size=32).map(tuple)),
     st.builds(Ping, tokens),
     st.builds(Pong, tokens),
     st.builds(Goodbye, texts, st.booleans()),
@@ -130,6 +146,11 @@ def test_the_form_on_the_wire() -> None:
         "addresses": ["10.88.0.1", "fd88::1"],
         "boot_id": bytes(range(16)),
     }
+    assert fields(Candidates(3, (ENTRY,))) == {
+        "type": "candidates",
+        "generation": 3,
+        "candidates": [{"address": "192.0.2.1:1", "kind": "host", "rank": 0, "metered": False}],
+    }
     assert fields(Bench(7, "10.88.0.1", 30)) == {
         "type": "bench",
         "token": 7,
@@ -146,7 +167,7 @@ def test_the_form_on_the_wire() -> None:
 
 
 def test_unknown_types_and_fields_are_ignored() -> None:
-    data = frame({"type": "candidates", "x": [1]}) + frame({"type": "ping", "token": 1, "new": {}})
+    data = frame({"type": "of tomorrow", "x": [1]}) + frame({"type": "ping", "token": 1, "new": {}})
     assert ControlReader().feed(data + encode(Pong(2))) == [Ping(1), Pong(2)]
 
 
@@ -199,6 +220,25 @@ def test_malformed_frames(data: bytes) -> None:
         (Observed("192.0.2.1:1"), "address", "host.example:1"),
         (Observed("192.0.2.1:1"), "address", "192.0.2.1:0"),
         (Observed("192.0.2.1:1"), "address", "1" * 65),
+        (Candidates(1, ()), "generation", -1),
+        (Candidates(1, ()), "generation", 2**63),
+        (Candidates(1, ()), "candidates", None),
+        (Candidates(1, ()), "candidates", [fields_of(ENTRY)] * 33),
+        *(
+            (Candidates(1, ()), "candidates", [fields_of(ENTRY) | {field: value}])
+            for field, value in (
+                ("address", "192.0.2.1"),
+                ("address", "host.example:1"),
+                ("address", "192.0.2.1:0"),
+                ("address", "[fe80::1%eth0]:1"),
+                ("kind", "HOST"),
+                ("kind", "wishful"),
+                ("rank", -1),
+                ("rank", 256),
+                ("rank", True),
+                ("metered", 1),
+            )
+        ),
         (Ping(1), "token", -1),
         (Pong(1), "token", 2**63),
         (Goodbye("x"), "reason", "\x1b[2J"),
@@ -235,3 +275,9 @@ def test_encode_refuses_what_the_other_end_would() -> None:
 def test_largest_hello_fits() -> None:
     address = "ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff"
     encode(Hello(65535, ("a" * 32,) * 32, (address,) * 32, bytes(16)))
+
+
+def test_largest_candidates_fit() -> None:
+    address = "[ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff]:65535"
+    entry = CandidateEntry(address, "srflx", 255, False)
+    assert len(encode(Candidates(2**63 - 1, (entry,) * 32))) <= 2800

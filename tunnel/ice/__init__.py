@@ -1,0 +1,1 @@
+"""Continuous ICE: finds paths between two peers and keeps them warm; QUIC judges, others choose."""

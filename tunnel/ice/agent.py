@@ -1,0 +1,280 @@
+"""The continuous agent: finds pairs for as long as a session lives, and keeps the good ones warm.
+
+ICE without its end. There are no roles, no nomination and no restart: either end pairs each of its
+sockets with each address of the peer, asks on the pairs (`tunnel.ice.check`), and answers what the
+peer asks. Which pair carries the traffic is decided elsewhere, and QUIC judges it.
+
+- New pairs are asked at once, the first 8 in a burst, the rest 5 ms apart: those that must stay
+  warm first, then by the ranks of both ends, then by kind.
+- An authentic question from the peer makes its address a candidate, and is asked back at once
+  unless the pair is warm: both ends know a pair after 1.5 round trips of the first question. It
+  validates nothing: only an answer does, on the very pair the question went out on.
+- At most 8 warm pairs are asked every second while traffic flows; all others every 15 s, which
+  keeps the NAT's mapping. A lost check is repeated after its own timeout; 3 make the pair fail.
+- Whatever fails is tried again (`pair.retry_delay`), at once when the network changes.
+
+Cost: a check is 100 bytes with a ufrag of 16 characters, its answer 64 (IPv4) or 76 (IPv6). Both
+ends ask, so a warm pair costs each of them, sent and received alike, in UDP payload:
+
+- idle: 240 x (100 + 64) = 39,360 bytes an hour (IPv6: 42,240),
+- busy: 164 bytes a second,
+- at worst, whatever happens: 5 x (100 + 76) = 880 bytes a second on any one path, after a burst
+  of 6.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Collection, Iterable, Mapping, Sequence
+
+from tunnel.config import IPNetwork
+from tunnel.ice import check
+from tunnel.ice.candidate import Base, Candidate, Kind, priority, rank_in, usable_candidate
+from tunnel.ice.check import Credentials
+from tunnel.ice.checklist import CheckList
+from tunnel.ice.events import AgentEvent, CandidatesChanged, CheckReceived
+from tunnel.ice.own import OwnCandidates
+from tunnel.ice.pacing import Bucket
+from tunnel.ice.pair import LivePair, Pair, PairState
+from tunnel.ice.remote import Remotes
+from tunnel.path.network import Address, LocalNetwork, PathKey
+
+ANSWERS_PER_SECOND = 50.0
+"""Also the burst. Authentic questions can be replayed, from any address that an attacker likes."""
+
+
+class Agent:
+    """One for each peer. All times are the monotonic seconds the shell passes in."""
+
+    def __init__(
+        self,
+        *,
+        rng: random.Random,
+        advertise: Sequence[Address] = (),
+        forbidden: Sequence[IPNetwork] = (),
+    ) -> None:
+        """`forbidden`: the tunnel's own networks, and those routed into it."""
+        self._forbidden = tuple(forbidden)
+        self._credentials: Credentials | None = None
+        self._network = LocalNetwork()
+        self._bases: dict[Address, Base] = {}
+        self._out: list[tuple[PathKey, bytes]] = []
+        self._events: deque[AgentEvent] = deque()
+        self._own = OwnCandidates(advertise, self._forbidden)
+        self._remotes = Remotes(self._forbidden)
+        self._list = CheckList(
+            self._remotes, rng=rng, send=self._send_check, emit=self._events.append
+        )
+        self._answers = Bucket(ANSWERS_PER_SECOND, ANSWERS_PER_SECOND)
+        self.counters = {
+            "checks_sent": 0,
+            "checks_answered": 0,
+            "checks_received": 0,
+            "refused": 0,  # for us by the looks of it, but not authentic, or on another pair
+            "bytes_sent": 0,
+            "bytes_received": 0,
+        }
+
+    @property
+    def running(self) -> bool:
+        return self._credentials is not None
+
+    @property
+    def local_ufrag(self) -> str | None:
+        return None if self._credentials is None else self._credentials.local_ufrag
+
+    # inputs: the session
+
+    def start(self, credentials: Credentials, now: float) -> None:
+        """A session begins, the first with this peer or another: no pair of it is proven yet.
+
+        Known pairs are asked at once. That they are not warm any more is not said by events; that
+        the peer is to be told our candidates is.
+        """
+        self._credentials = credentials
+        self._out.clear()
+        self._remotes.new_session()
+        self._remotes.network_changed(now)
+        self._list.new_session()
+        self._events.append(CandidatesChanged())
+
+    def stop(self) -> None:
+        """Ask and answer nothing more. What is known of addresses stays for the next session."""
+        self._credentials = None
+        self._out.clear()
+        self._list.new_session()
+
+    # inputs: addresses
+
+    def bases_changed(self, network: LocalNetwork, bases: Sequence[Base], now: float) -> None:
+        """A full snapshot. A base is paired with what its interface has a route to."""
+        usable = {b.address: b for b in bases if usable_candidate(b.address, self._forbidden)}
+        if (network, usable) == (self._network, self._bases):
+            return
+        self._network, self._bases = network, usable
+        self._own.keep_bases(usable)
+        self._remotes.network_changed(now)
+        self._list.bases_changed(network, usable)
+        self._refresh_own()
+
+    def reflexive_changed(self, mapped: Mapping[Address, Address], now: float) -> None:
+        """By base, the addresses that STUN servers see."""
+        self._own.reflexive_changed({b: a for b, a in mapped.items() if b in self._bases})
+        self._refresh_own()
+
+    def observed(self, local: Address, address: Address, now: float) -> None:
+        """The peer says that packets from this base come from there."""
+        if local in self._bases:
+            self._own.observed(local, address)
+            self._refresh_own()
+
+    def remote_candidates(
+        self, generation: int, candidates: Sequence[Candidate], now: float
+    ) -> None:
+        """The peer's full list. An older one than was seen, or the same again, is ignored.
+
+        An address that is not named any more is forgotten with its pairs, unless one is warm: then
+        it stays, as peer-reflexive, until they fail.
+        """
+        self._remotes.name(generation, candidates, self._list.standing(), now)
+        self._list.rebuild()
+        self._list.retry({candidate.address for candidate in candidates})
+
+    def remote_address(self, address: Address, now: float, *, configured: bool = True) -> None:
+        """An address that no generation removes: from configuration, and trusted; or, not
+        `configured`, where the session's packets come from, which anybody may have forwarded."""
+        self._remotes.pin(address, configured=configured, standing=self._list.standing(), now=now)
+        self._list.rebuild()
+
+    def _refresh_own(self) -> None:
+        before = self._own.generation
+        self._own.refresh(self._bases.values(), self._list.pairs.values())
+        if self._own.generation != before:
+            self._events.append(CandidatesChanged())
+
+    # inputs: datagrams
+
+    def receive(self, data: bytes, path: PathKey, now: float) -> bool:
+        """Take a STUN datagram; False if it is not for this agent."""
+        credentials = self._credentials
+        if credentials is None or not check.looks_like_stun(data):
+            return False
+        username = check.username_of(data)
+        if username is not None:
+            if username.partition(":")[0] != credentials.local_ufrag:
+                return False
+            self.counters["bytes_received"] += len(data)
+            self._receive_request(data, credentials, path, now)
+            return True
+        if check.transaction_id_of(data) not in self._list.transactions:
+            return False
+        self.counters["bytes_received"] += len(data)
+        self._receive_response(data, credentials, path, now)
+        return True
+
+    def _receive_request(
+        self, data: bytes, credentials: Credentials, path: PathKey, now: float
+    ) -> None:
+        asked = check.read_request(data, credentials)
+        if asked is None or not usable_candidate(path.remote, self._forbidden):
+            self.counters["refused"] += 1
+            return
+        if not self._answers.take(now):
+            return
+        self.counters["checks_received"] += 1
+        if path not in self._list.pairs and path.local in self._bases:
+            rank, metered = rank_in(asked)
+            self._remotes.see(path.remote, rank, metered, self._list.standing(), now)
+            self._list.rebuild(heard=path)
+        pair = self._list.pairs.get(path)
+        if pair is None or pair.answers.take(now):
+            transaction = check.transaction_id_of(data)
+            self._send(path, check.response(credentials, transaction, path.remote))
+        if pair is None:
+            return
+        pair.heard = True
+        pair.remote.heard_at = now
+        self._events.append(CheckReceived(path))
+        if not pair.warm:
+            self._list.ask_now(pair, now)
+
+    def _receive_response(
+        self, data: bytes, credentials: Credentials, path: PathKey, now: float
+    ) -> None:
+        transaction = check.transaction_id_of(data)
+        asked_at = self._list.transactions.asked_at(transaction, path)
+        pair = self._list.pairs.get(path)
+        mapped = check.read_response(data, credentials)
+        if mapped is None or asked_at is None or pair is None:
+            self.counters["refused"] += 1
+            return
+        self._list.transactions.close(transaction)
+        self.counters["checks_answered"] += 1
+        self._list.answered(pair, mapped, asked_at, now)
+        self._refresh_own()
+
+    def send_failed(self, path: PathKey, now: float) -> None:
+        """The socket refused: true now, and maybe not for long."""
+        pair = self._list.pairs.get(path)
+        if self.running and pair is not None and pair.state is not PairState.FAILED:
+            self._list.fail(pair, "the socket refused to send", now, refused=True)
+
+    # inputs: what others want
+
+    def check_now(self, now: float, keys: Iterable[PathKey] | None = None) -> None:
+        """Something happened, or is suspected: ask every warm pair, or all of these, at once.
+
+        Without `keys`, those that failed have a turn, too, if they ever worked, and all others
+        where nothing works.
+        """
+        if self.running:
+            self._list.check_now(now, keys)
+
+    def busy(self, busy: bool) -> None:
+        """Whether traffic flows: then warm pairs are asked every second."""
+        self._list.busy = busy
+
+    def keep(self, keys: Collection[PathKey]) -> None:
+        """Pairs that stay warm whatever their place: the active one and its backup."""
+        self._list.keep(keys)
+
+    # drains
+
+    def pairs(self) -> list[Pair]:
+        """All, in the order they are asked in."""
+        return [pair.snapshot() for pair in sorted(self._list.pairs.values(), key=self._list.order)]
+
+    def pair(self, key: PathKey) -> Pair | None:
+        pair = self._list.pairs.get(key)
+        return None if pair is None else pair.snapshot()
+
+    def candidates(self) -> tuple[int, tuple[Candidate, ...]]:
+        """Our own for the peer, best first, and their generation, which grows at each change."""
+        return self._own.generation, self._own.told
+
+    def next_event(self) -> AgentEvent | None:
+        return self._events.popleft() if self._events else None
+
+    def get_timer(self) -> float | None:
+        return self._list.get_timer() if self.running else None
+
+    def handle_timer(self, now: float) -> None:
+        if self.running:
+            self._list.handle_timer(now)
+
+    def datagrams_to_send(self, now: float) -> list[tuple[PathKey, bytes]]:
+        if self.running:
+            self._list.ask_waiting(now)
+        out, self._out = self._out, []
+        return out
+
+    def _send_check(self, pair: LivePair, transaction: bytes) -> None:
+        if self._credentials is not None:
+            wanted = priority(Kind.PRFLX, pair.base.rank, pair.base.metered)
+            self.counters["checks_sent"] += 1
+            self._send(pair.key, check.request(self._credentials, transaction, wanted))
+
+    def _send(self, path: PathKey, data: bytes) -> None:
+        self.counters["bytes_sent"] += len(data)
+        self._out.append((path, data))

@@ -1,0 +1,83 @@
+"""Candidates: the addresses a peer may be reached at, and which of them are worth a check.
+
+The priority of RFC 8445 section 5.1.2.1 carries what this agent knows of an address across the
+wire, in the PRIORITY of a check: its 16 bits of local preference hold the rank of the interface at
+its owner (255 less the rank, so that higher is better) and whether it is metered (255: no, 254:
+yes). So a peer-reflexive candidate, which no message announced, is ranked like any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from ipaddress import ip_address
+from typing import NamedTuple
+
+from aioice.candidate import candidate_priority
+
+from tunnel.config import IPNetwork
+from tunnel.path.network import Address, is_usable_remote
+
+MAX_RANK = 255
+
+_COMPONENT = 1  # RFC 8445 section 4: there is one data stream
+_PREFERENCE = 0xFF
+
+
+class Kind(StrEnum):
+    """How an address was learnt (RFC 8445 section 4)."""
+
+    HOST = "host"  # of an interface of its owner
+    SRFLX = "srflx"  # server-reflexive: what others see behind a NAT, or a port forward
+    PRFLX = "prflx"  # peer-reflexive: a check came from there
+    RELAY = "relay"  # of a TURN server
+
+
+class Candidate(NamedTuple):
+    """An address at which a peer may be reached."""
+
+    address: Address
+    kind: Kind
+    rank: int
+    """The order of its interface at its owner by the kernel's routes: 0 best, at most 255."""
+    metered: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """A local socket (RFC 8445 section 4: what a candidate's checks are sent from)."""
+
+    address: Address
+    """That it is bound to."""
+    interface: str
+    metered: bool
+    rank: int
+
+
+def usable_candidate(address: Address, forbidden: Sequence[IPNetwork]) -> bool:
+    """Whether a peer may be sought there at all.
+
+    `forbidden` are the tunnel's own networks and those routed into it: a path through them would
+    run inside itself.
+    """
+    if not is_usable_remote(address.host) or not 1 <= address.port <= 65535:
+        return False
+    ip = ip_address(address.host)
+    return not any(ip in network for network in forbidden)
+
+
+def priority(kind: Kind, rank: int, metered: bool) -> int:
+    """RFC 8445 section 5.1.2.1, with the local preference that the module describes."""
+    preference = (MAX_RANK - min(rank, MAX_RANK)) << 8 | (_PREFERENCE - metered)
+    return candidate_priority(_COMPONENT, kind.value, preference)
+
+
+def rank_in(priority: int) -> tuple[int, bool]:
+    """The rank and whether it is metered, of the candidate with this priority."""
+    return MAX_RANK - (priority >> 16 & 0xFF), priority >> 8 & 0xFF < _PREFERENCE
+
+
+def preference(kind: Kind) -> int:
+    """Orders kinds, higher is better: host, peer-reflexive, server-reflexive, relayed."""
+    return candidate_priority(_COMPONENT, kind.value, 0)
