@@ -189,6 +189,17 @@ def history(name: Name = None, json: Json = False) -> None:
         output.stdout().print(output.history(records))
 
 
+@app.command(epilog="Example: martlet why office  ·  martlet why mt0/office")
+def why(
+    peer: Annotated[str, typer.Argument(metavar="PEER", help="A peer, or TUNNEL/PEER.")],
+    json: Json = False,
+) -> None:
+    """Tell which path is in use to a peer, why that one, and why not each of the others."""
+    from cli.why import run
+
+    raise typer.Exit(run(peer, json))
+
+
 @app.command(epilog="Example: martlet ping office  ·  martlet ping mt0/office -c 10 -i 0.2")
 def ping(
     peer: Annotated[str, typer.Argument(metavar="PEER", help="A peer, or TUNNEL/PEER.")],

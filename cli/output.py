@@ -47,7 +47,8 @@ def as_json(value: object) -> None:
 def status(status: dict[str, Any]) -> RenderableType:
     """One tunnel: a line about itself, a table of its peers, one of their paths."""
     peers = _table("PEER", "STATE", "ACTIVE PATH", "RTT", "MTU", "SENT", "RECEIVED", "MOVES")
-    paths = _table("PEER", "PATH", "KIND", "STATE", "RTT", "MTU", "SENT", "RECEIVED")
+    paths = _table("PEER", "PATH", "KIND", "ROLE", "STATE", "RTT", "MTU", "SENT", "RECEIVED")
+    copies: list[RenderableType] = []
     for peer in status.get("peers", []):
         known = peer.get("paths") or []
         active = _active(peer)
@@ -67,15 +68,27 @@ def status(status: dict[str, Any]) -> RenderableType:
                 str(peer.get("name", "?")),
                 _path(path),
                 _plain(path.get("kind")),
+                _role(path),
                 _plain(path.get("state")),
                 _milliseconds(path.get("rtt_ms")),
                 _plain(path.get("mtu")),
                 _bytes(path.get("tx_bytes")),
                 _bytes(path.get("rx_bytes")),
             )
+        counters = peer.get("counters") or {}
+        if counters.get("redundant_packets"):
+            copies.append(
+                Text(
+                    f"{peer.get('name')}: {counters['redundant_packets']} packets of sparse flows"
+                    f" went over a second path too, {_bytes(counters.get('redundant_bytes'))}",
+                    style="dim",
+                )
+            )
     parts: list[RenderableType] = [_headline(status.get("interface")), Text(), peers]
     if paths.row_count:
         parts += [Text(), paths]
+    if copies:
+        parts += [Text(), *copies]
     engine = status.get("engine") or {}
     if engine.get("libcrypto"):
         line = f"sealed by {engine['libcrypto']}"
@@ -83,9 +96,21 @@ def status(status: dict[str, Any]) -> RenderableType:
     return Group(*parts)
 
 
+def _role(path: dict[str, Any]) -> str:
+    """What a path is for: active, second (copies go there), warm (checked, at hand)."""
+    metered = " metered" if path.get("metered") else ""
+    for key, name in (("active", "active"), ("backup", "second"), ("warm", "warm")):
+        if path.get(key):
+            return name + metered
+    return "-" + metered
+
+
 def history(records: Iterable[dict[str, Any]]) -> RenderableType:
     """The ledger, oldest first: what set each move off, where to, and how long it took."""
-    table = _table("WHEN", "PEER", "WHY", "FROM", "TO", "DETECT", "SWITCH", "CONFIRM")
+    table = _table(
+        "WHEN", "PEER", "WHY", "FROM", "TO", "DETECT", "SWITCH", "CONFIRM",
+        "LOST", "REPLAYED", "NEEDLESS",
+    )  # fmt: skip
     for record in records:
         table.add_row(
             _when(record.get("wall_time")),
@@ -96,6 +121,9 @@ def history(records: Iterable[dict[str, Any]]) -> RenderableType:
             _milliseconds(record.get("detect_ms")),
             _milliseconds(record.get("switch_ms")),
             _milliseconds(record.get("confirm_ms")),
+            _plain(record.get("lost")),
+            _plain(record.get("replayed")),
+            _plain(record.get("duplicates")),
         )
     return table if table.row_count else Text("no migration yet")
 
@@ -208,7 +236,7 @@ def _table(*columns: str) -> Table:
 
 _NUMERIC = frozenset(
     ("RTT", "MTU", "SENT", "RECEIVED", "MOVES", "DETECT", "SWITCH", "CONFIRM", "LOST", "REPLAYED",
-     "THROUGHPUT", "RTT MIN", "MEDIAN", "95%", "MAX")
+     "NEEDLESS", "THROUGHPUT", "RTT MIN", "MEDIAN", "95%", "MAX")
 )  # fmt: skip
 
 

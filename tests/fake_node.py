@@ -77,6 +77,9 @@ class FakeNode:
         for key, path in self.paths.items():
             self.datapath.aim(path, key)
 
+    def port_opened(self, local: Address, now: float) -> None:
+        self.calls.append(("port_opened", local))
+
     def endpoints_resolved(self, peer: str, addresses: list[Address], now: float) -> None:
         self.calls.append(("endpoints_resolved", peer, addresses))
 

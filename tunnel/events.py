@@ -7,6 +7,7 @@ from typing import TypeAlias
 
 from tunnel.config import Endpoint
 from tunnel.ledger import Migration
+from tunnel.path.network import Address
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +55,21 @@ class ResolveWanted:
 
 
 @dataclass(frozen=True, slots=True)
+class PortWanted:
+    """Please open another socket on this address, and say so with `Node.port_opened`: a NAT or
+    firewall may hold on to a dead mapping of the one there is."""
+
+    ip: str
+
+
+@dataclass(frozen=True, slots=True)
+class PortUnwanted:
+    """Nobody uses this socket of a `PortWanted` any more."""
+
+    local: Address
+
+
+@dataclass(frozen=True, slots=True)
 class PingReply:
     """A peer answered `Node.ping`; `rtt` in seconds, over the tunnel's own control stream."""
 
@@ -96,6 +112,8 @@ NodeEvent: TypeAlias = (
     | PeerMigrated
     | PeerRefused
     | ResolveWanted
+    | PortWanted
+    | PortUnwanted
     | PingReply
     | BenchWanted
     | BenchAnswer

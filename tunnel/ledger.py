@@ -28,6 +28,7 @@ class Trigger(StrEnum):
     SUSPECT = "suspect"  # no acknowledgement progress on the active path
     SEND_FAILED = "send-failed"  # the socket of the active path refused to send
     RESUME = "resume"  # this host was suspended
+    NO_PATH = "no-path"  # there was no usable address; this is the first one since
     RESTART = "restart"  # the other end restarted: a new connection took over
 
 
@@ -45,7 +46,7 @@ class Migration(msgspec.Struct, frozen=True, kw_only=True):
     detected: float
     switched: float
     confirmed: float | None = None
-    # Counted by the replay store, which does not exist yet: 0 until then, and shown to nobody.
+    # Known some seconds after the move; 0 until then.
     lost: int = 0
     """Datagrams given up for good."""
     replayed: int = 0

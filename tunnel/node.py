@@ -8,17 +8,22 @@ import errno
 import hmac
 import random
 from collections import deque
+from fnmatch import fnmatchcase
 from typing import Any, TextIO
 
 from tunnel.benches import BENCH_FEATURE
 from tunnel.config import Config
 from tunnel.control import PROTOCOL_VERSION, ApplicationError, Hello
 from tunnel.datapath.engine import Connection, Datapath
-from tunnel.events import NodeEvent, PeerRefused
+from tunnel.events import NodeEvent, PeerRefused, PortUnwanted, ResolveWanted
+from tunnel.ice.agent import Agent
+from tunnel.ice.candidate import Base
+from tunnel.ice.check import looks_like_stun, username_of
+from tunnel.ice.gather import Gatherer
 from tunnel.identity import Identity
 from tunnel.ledger import Ledger
 from tunnel.path.network import Address, LocalNetwork, PathKey
-from tunnel.peer import Peer, Surroundings
+from tunnel.peer import Peer
 from tunnel.quic.admission import (
     Admitted,
     Door,
@@ -31,11 +36,16 @@ from tunnel.quic.configuration import connection_configuration
 from tunnel.quic.connection import PeerConnection
 from tunnel.quic.control_stream import CidIssued, CidRetired, Ended, Said, Session
 from tunnel.quic.logging import StreamLogger
+from tunnel.roaming import Surroundings
 
 STRANGER_PATIENCE = 5.0
 """Seconds until a handshake that somebody began with us must have shown its Hello."""
 RESETS_PER_SECOND = 20
 FEATURES = ("copies", BENCH_FEATURE)
+STUN_SERVERS = ""
+"""Stands for them where names are resolved for a peer; no peer has this name."""
+PORT_TRIAL = 10.0
+"""Seconds that a further local port gets to become the one in use."""
 CLOSE_LINGER = 0.2  # seconds for the last datagrams of a closing node
 
 
@@ -71,6 +81,7 @@ class Node:
         self.datapath = Datapath(peer.allowed_ips for peer in config.peers)
         self._ledger = Ledger()
         self._surroundings = Surroundings(LocalNetwork(), 0)
+        self._extra: dict[Address, float] = {}  # further local ports, and since when
         self._by_cid: dict[bytes, Session] = {}
         self._owners: dict[Session, Peer | None] = {}
         self._by_engine: dict[Connection, Session] = {}
@@ -89,10 +100,16 @@ class Node:
             addresses=tuple(str(a.ip) for a in config.interface.address),
             boot_id=boot_id,
         )
+        forbidden = [a.network for a in config.interface.address]
+        forbidden += [network for peer in config.peers for network in peer.allowed_ips]
+        advertise = [Address(str(e.ip), e.port) for e in config.ice.advertise if e.ip is not None]
+        self._gatherer = Gatherer(rng)
         self.peers: dict[str, Peer] = {}
         for owner, peer_config in enumerate(config.peers):
             self.peers[peer_config.name] = Peer(
                 peer_config,
+                agent=Agent(rng=rng, advertise=advertise, forbidden=forbidden),
+                redundancy=config.paths.redundancy,
                 lane=self.datapath.lane(owner, rng.getrandbits(64)),
                 ledger=self._ledger,
                 own_key=self._own_key,
@@ -109,6 +126,9 @@ class Node:
     # inputs
 
     def receive_datagram(self, data: bytes, path: PathKey, now: float) -> None:
+        if looks_like_stun(data):
+            self._receive_stun(data, path, now)
+            return
         header = read_header(data)
         if header is None:
             return
@@ -134,13 +154,19 @@ class Node:
                 engine.take(now)  # of a connection that is gone
                 continue
             peer = self._owners.get(session)
+            if peer is not None:
+                peer.roaming.traffic(now)
             if session.connection.collect(now) or (peer is not None and peer.expectant):
                 busy = True
                 self._after(session, now)
         return busy
 
     def network_changed(self, network: LocalNetwork, port: int, now: float) -> None:
-        self._surroundings = Surroundings(network, port)
+        usable = {address.ip for address in network.addresses}
+        self._extra = {local: at for local, at in self._extra.items() if local.host in usable}
+        bases = self._bases(network, port)
+        self._surroundings = Surroundings(network, port, bases)
+        self._gatherer.bases_changed(network, bases, now)
         for session in self._owners:
             for path in session.connection.paths():
                 self.datapath.aim(path.metrics, path.addr)  # sockets came and went
@@ -148,10 +174,20 @@ class Node:
             peer.network_changed(self._surroundings, now)
             if not self._started:
                 peer.start(now)
+        if not self._started and self._config.ice.stun:
+            self._events.append(ResolveWanted(STUN_SERVERS, self._config.ice.stun))
         self._started = True
 
+    def port_opened(self, local: Address, now: float) -> None:
+        """The answer to PortWanted: there is a socket on this address and port, too."""
+        self._extra[local] = now
+        self._ports_changed(now)
+
     def endpoints_resolved(self, peer: str, addresses: list[Address], now: float) -> None:
-        self.peers[peer].endpoints_resolved(addresses, now)
+        if peer == STUN_SERVERS:
+            self._gatherer.servers_resolved(addresses, now)
+        else:
+            self.peers[peer].endpoints_resolved(addresses, now)
 
     def send_failed(self, path: PathKey, error: int, now: float) -> None:
         self.counters["send_errors"] += 1
@@ -162,6 +198,7 @@ class Node:
                 peer.send_failed(path, now)
 
     def resumed(self, now: float) -> None:
+        self._gatherer.again(now)
         for peer in self.peers.values():
             peer.resumed(now)
 
@@ -193,6 +230,9 @@ class Node:
                 session.close(ApplicationError.NO_ERROR, "no Hello in time")
         for peer in self.peers.values():
             peer.handle_timer(now)
+        self._expire_ports(now)
+        self._gatherer.handle_timer(now)
+        self._share_mapped(now)
 
     def close(self, now: float) -> None:
         """Say goodbye to everybody; `closed` tells when the last datagrams were handed out."""
@@ -205,6 +245,9 @@ class Node:
 
     def datagrams_to_send(self, now: float) -> list[tuple[PathKey, bytes]]:
         out, self._raw = self._raw, []
+        out += self._gatherer.datagrams_to_send(now)
+        for peer in self.peers.values():
+            out += peer.roaming.agent.datagrams_to_send(now)
         for session in list(self._owners):
             if session.ended:
                 self._forget(session)
@@ -229,6 +272,8 @@ class Node:
             if owner is None and not session.connection.is_closed:
                 times.append(self._stranger_expires(session))
         times += [at for peer in self.peers.values() if (at := peer.get_timer()) is not None]
+        others = (self._gatherer.get_timer(), self._ports_expire_at())
+        times += [at for at in others if at is not None]
         return min(times) if times else None
 
     def next_event(self) -> NodeEvent | None:
@@ -243,12 +288,71 @@ class Node:
             "interface": self._config.interface.name,
             "public_key": self._identity.public_key.openssh,
             "listen_port": self._surroundings.port,
-            "peers": [peer.status() for peer in self.peers.values()],
+            "peers": [peer.status(now) for peer in self.peers.values()],
             "counters": {**self.counters, "unroutable_packets": self.datapath.unroutable},
         }
 
     def history(self) -> list[dict[str, Any]]:
         return self._ledger.to_builtins()
+
+    # paths found by STUN
+
+    def _bases(self, network: LocalNetwork, port: int) -> tuple[Base, ...]:
+        ranks = network.ranks()
+        metered = self._config.paths.metered
+        found: list[Base] = []
+        for local in network.addresses:
+            ports = [port] if port else []
+            ports += [extra.port for extra in self._extra if extra.host == local.ip]
+            spared = any(fnmatchcase(local.interface, pattern) for pattern in metered)
+            found += [
+                Base(Address(local.ip, each), local.interface, spared, min(ranks[local], 255))
+                for each in ports
+            ]
+        return tuple(found)
+
+    def _ports_changed(self, now: float) -> None:
+        network, port = self._surroundings.network, self._surroundings.port
+        self._surroundings = Surroundings(network, port, self._bases(network, port))
+        for peer in self.peers.values():
+            peer.roaming.ports_changed(self._surroundings, now)
+
+    def _ports_expire_at(self) -> float | None:
+        """When the first further port that nobody uses is given back."""
+        used = {session.active.local for session in self._owners}
+        times = [at + PORT_TRIAL for local, at in self._extra.items() if local not in used]
+        return min(times, default=None)
+
+    def _expire_ports(self, now: float) -> None:
+        at = self._ports_expire_at()
+        if at is None or now < at:
+            return
+        used = {session.active.local for session in self._owners}
+        for local, opened_at in list(self._extra.items()):
+            if local not in used and now >= opened_at + PORT_TRIAL:
+                del self._extra[local]
+                self._events.append(PortUnwanted(local))
+        self._ports_changed(now)
+
+    def _receive_stun(self, data: bytes, path: PathKey, now: float) -> None:
+        """A check of a peer, an answer to one of ours, or of a server; from strangers: silence."""
+        username = username_of(data)
+        for peer in self.peers.values():
+            agent = peer.roaming.agent
+            if username is not None and username.partition(":")[0] != agent.local_ufrag:
+                continue
+            if agent.receive(data, path, now):
+                peer.poll(now)
+                return
+        if username is None and self._gatherer.receive(data, path, now):
+            self._share_mapped(now)
+            return
+        self.counters["strangers"] += 1
+
+    def _share_mapped(self, now: float) -> None:
+        while self._gatherer.next_event() is not None:
+            for peer in self.peers.values():
+                peer.roaming.agent.reflexive_changed(self._gatherer.mapped(), now)
 
     # sessions
 

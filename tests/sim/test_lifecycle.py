@@ -128,7 +128,8 @@ def test_idle_for_an_hour_then_either_end_speaks_first() -> None:
         before = {name: host.bytes_sent for name, host in world.hosts.items()}
         world.run(3600.0)
         cost = sum(host.bytes_sent - before[name] for name, host in world.hosts.items())
-        assert cost <= 100_000, f"{cost} bytes an hour"
+        # Of both ends: a QUIC keepalive and a check each way every 15 s.
+        assert cost <= 125_000, f"{cost} bytes an hour"
         assert world.both_up
         flow = Flow(world, speaker)
         world.run(0.5)

@@ -25,7 +25,7 @@ from ipaddress import ip_network
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from tunnel.config import Config, loads
-from tunnel.events import NodeEvent, ResolveWanted
+from tunnel.events import NodeEvent, PortUnwanted, PortWanted, ResolveWanted
 from tunnel.identity import Identity
 from tunnel.node import Node
 from tunnel.path.network import Address, LocalAddress, LocalNetwork, PathKey, Route
@@ -70,17 +70,21 @@ class Uplink:
     delay: float = 0.0  # extra seconds each way
     mtu: int = 1472  # of the link, in UDP payload: more is refused by the kernel at once
     lifetime: float = NAT_LIFETIME
-    mappings: dict[Address | None, Mapping] = field(default_factory=dict)
-    """By remote address; None stands for all where the mapping is endpoint-independent."""
+    dead_ports: set[int] = field(default_factory=set)
+    """Local ports whose mapping is stuck: nothing passes, either way."""
+    mappings: dict[tuple[int, Address | None], Mapping] = field(default_factory=dict)
+    """By local port and remote address; None stands for all where the mapping is
+    endpoint-independent."""
     allowed: dict[Address, float] = field(default_factory=dict)
     next_port: int = 40000
 
-    def outside(self, remote: Address, now: float) -> Address:
+    def outside(self, remote: Address, now: float, local_port: int = PORT) -> Address:
         """The source address of a packet that leaves to `remote`; makes or renews a mapping."""
-        entry = remote if self.symmetric and not self.forwarded else None
+        forwarded = self.forwarded and local_port == PORT
+        entry = (local_port, remote if self.symmetric and not forwarded else None)
         mapping = self.mappings.get(entry)
         if mapping is None or now - mapping.used_at > self.lifetime:
-            if self.forwarded:
+            if forwarded:
                 port = PORT
             else:
                 self.next_port += 1
@@ -89,17 +93,22 @@ class Uplink:
         mapping.used_at = self.allowed[remote] = now
         return Address(self.public_ip, mapping.port)
 
-    def lets_in(self, source: Address, port: int, now: float) -> bool:
-        """Whether a packet from `source` to this outer port reaches the host."""
+    def lets_in(self, source: Address, port: int, now: float) -> int | None:
+        """The local port that a packet from `source` to this outer port reaches, if any."""
+        local = self._leads_to(source, port, now)
+        return None if local in self.dead_ports else local
+
+    def _leads_to(self, source: Address, port: int, now: float) -> int | None:
         if self.forwarded and port == PORT:
-            return True
-        for remote, mapping in self.mappings.items():
+            return PORT
+        for (local, remote), mapping in self.mappings.items():
             if mapping.port == port and now - mapping.used_at <= self.lifetime:
                 if not self.restricted and remote is None:
-                    return True
+                    return local
                 last = self.allowed.get(source)
-                return last is not None and now - last <= self.lifetime and remote in (None, source)
-        return False
+                fresh = last is not None and now - last <= self.lifetime
+                return local if fresh and remote in (None, source) else None
+        return None
 
     def forget(self) -> None:
         """The NAT restarts: mappings and filters are gone, the next ports are new ones."""
@@ -120,6 +129,7 @@ class Host:
         self.received: list[tuple[float, bytes]] = []
         self.armed: float | None = None
         self.stopped = True  # until booted
+        self.ports: set[Address] = set()  # further sockets
         self.waiting: deque[bytes] = deque()  # in the TUN's own queue, while the node reads nothing
         self.fired_at, self.spins = 0.0, 0
         self.bytes_sent = 0
@@ -150,6 +160,8 @@ class World:
         b: list[Uplink] | None = None,
         both_dial: bool = False,
         max_packets_per_key: int | None = None,
+        redundancy: str = "off",
+        metered: tuple[str, ...] = (),
     ) -> None:
         self.seed = seed
         self.rng = random.Random(seed)
@@ -163,6 +175,7 @@ class World:
         """Who else owns an address, and gets what is sent there: source, target, data."""
         self._queue: list[tuple[float, int, Callable[[], None]]] = []
         self._order = itertools.count()
+        self._next_port = 50000
         self.a = Host("a", a or [Uplink("eth0", "192.168.1.10", "203.0.113.1")])
         self.b = Host("b", b or [Uplink("eth0", "192.168.2.10", "198.51.100.1", forwarded=True)])
         self.hosts = {"a": self.a, "b": self.b}
@@ -171,7 +184,8 @@ class World:
         for host, other in ((self.a, self.b), (self.b, self.a)):
             endpoints = [f"{u.public_ip}:{PORT}" for u in other.uplinks if u.forwarded]
             dials = host is self.a or both_dial
-            host.config = _config(host, other, endpoints if dials else [])
+            paths = f'[paths]\nredundancy = "{redundancy}"\nmetered = {list(metered)!r}\n'
+            host.config = _config(host, other, endpoints if dials else [], paths)
 
     # running
 
@@ -181,6 +195,7 @@ class World:
             host = self.hosts[name]
             host.stopped = False
             host.armed = None
+            host.ports.clear()
             host.node = Node(
                 host.config,
                 host.identity,
@@ -248,19 +263,21 @@ class World:
     def network_event(self, name: str) -> None:
         """The kernel of this host tells what it has now."""
         host = self.hosts[name]
+        host.ports = {local for local in host.ports if host.uplink_of(local.host)}
         if not host.stopped:
             host.node.network_changed(host.network(), PORT, self.now)
             self.pump(host)
 
     def rebind(self, uplink: Uplink, *, port: bool = True, public_ip: str | None = None) -> None:
         """The NAT forgets the mapping; the next packet gets another port, or address, or both."""
-        kept = uplink.mappings.get(None)
+        usual = (PORT, None)
+        kept = uplink.mappings.get(usual)
         uplink.forget()
         uplink.next_port += 7
         if not port and kept is not None:
-            uplink.mappings[None] = kept
+            uplink.mappings[usual] = kept
         elif not uplink.symmetric or uplink.forwarded:
-            uplink.mappings[None] = Mapping(uplink.next_port, self.now)
+            uplink.mappings[usual] = Mapping(uplink.next_port, self.now)
         if public_ip is not None:
             uplink.public_ip = public_ip
 
@@ -315,12 +332,24 @@ class World:
             host.events.append((self.now, event))
             if isinstance(event, ResolveWanted):
                 self.after(0.0, lambda event=event: self._resolve(host, event))  # type: ignore[misc]
+            elif isinstance(event, PortWanted):
+                self.after(0.0, lambda event=event: self._open_port(host, event))  # type: ignore[misc]
+            elif isinstance(event, PortUnwanted):
+                host.ports.discard(event.local)
         self._arm(host)
 
     def _resolve(self, host: Host, event: ResolveWanted) -> None:
         if not host.stopped:
             addresses = [Address(e.host, e.port) for e in event.endpoints]
             host.node.endpoints_resolved(event.peer, addresses, self.now)
+            self.pump(host)
+
+    def _open_port(self, host: Host, event: PortWanted) -> None:
+        if not host.stopped and host.uplink_of(event.ip) is not None:
+            self._next_port += 1
+            local = Address(event.ip, self._next_port)
+            host.ports.add(local)
+            host.node.port_opened(local, self.now)
             self.pump(host)
 
     def _arm(self, host: Host) -> None:
@@ -344,16 +373,18 @@ class World:
     def _depart(self, host: Host, key: PathKey, data: bytes) -> int:
         """Send; the errno that the kernel of this host would answer with at once, 0 for none."""
         uplink = host.uplink_of(key.local.host)
-        if uplink is None:
+        if uplink is None or (key.local.port != PORT and key.local not in host.ports):
             return errno.ENETUNREACH
         if len(data) > uplink.mtu:
             return errno.EMSGSIZE
         host.bytes_sent += len(data)
         host.datagrams_sent += 1
-        source = uplink.outside(key.remote, self.now)
+        source = uplink.outside(key.remote, self.now, key.local.port)
         if self.tap is not None:
             self.tap(host, PathKey(source, key.remote), data)
-        if uplink.black_hole or len(data) > self.mtu or self.rng.random() < self.loss:
+        if uplink.black_hole or key.local.port in uplink.dead_ports:
+            return 0
+        if len(data) > self.mtu or self.rng.random() < self.loss:
             return 0
         delay = self.delay + uplink.delay + self.rng.random() * self.jitter
         self.deliver(source, key.remote, data, delay)
@@ -371,19 +402,23 @@ class World:
             for uplink in host.uplinks:
                 if uplink.public_ip != target.host or not uplink.up or uplink.black_hole:
                     continue
-                if not uplink.lets_in(source, target.port, self.now):
+                port = uplink.lets_in(source, target.port, self.now)
+                if port is None:
                     continue
                 self.after(
                     uplink.delay,
-                    lambda host=host, uplink=uplink: self._hand_over(  # type: ignore[misc]
-                        host, uplink, source, data
+                    lambda host=host, uplink=uplink, port=port: self._hand_over(  # type: ignore[misc]
+                        host, uplink, port, source, data
                     ),
                 )
 
-    def _hand_over(self, host: Host, uplink: Uplink, source: Address, data: bytes) -> None:
-        if host.stopped or not uplink.up:
+    def _hand_over(
+        self, host: Host, uplink: Uplink, port: int, source: Address, data: bytes
+    ) -> None:
+        local = Address(uplink.ip, port)
+        if host.stopped or not uplink.up or (port != PORT and local not in host.ports):
             return
-        key = PathKey(Address(uplink.ip, PORT), source)
+        key = PathKey(local, source)
         host.node.receive_datagram(data, key, self.now)
         self.pump(host)
 
@@ -425,7 +460,7 @@ def number_of(packet: bytes) -> int:
     return int.from_bytes(packet[28:36])
 
 
-def _config(host: Host, other: Host, endpoints: list[str]) -> Config:
+def _config(host: Host, other: Host, endpoints: list[str], paths: str) -> Config:
     endpoint = f"endpoint = {endpoints!r}\n".replace("'", '"') if endpoints else ""
     return loads(
         f"""
@@ -438,6 +473,6 @@ listen_port = {PORT}
 name = "{other.name}"
 public_key = "{other.identity.public_key.openssh}"
 {endpoint}allowed_ips = ["{INNER[other.name]}/32"]
-""",
+{paths}""",
         "simulated.toml",
     )

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from ipaddress import ip_network
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tunnel.path.network import Address, LocalAddress, LocalNetwork, PathKey, Route
-from tunnel.path.selector import best_from, candidates, unique
+from tunnel.path.selector import (
+    FLAP_MEMORY,
+    SETTLE,
+    Damper,
+    Facts,
+    best_from,
+    candidates,
+    clearly_better,
+    order,
+    second,
+    unique,
+    why_before,
+)
 
 PORT = 4117
 ETH, WLAN = LocalAddress("192.168.1.2", "eth0"), LocalAddress("192.168.2.2", "wlan0")
@@ -110,3 +124,115 @@ def test_candidates_are_possible_unique_and_limited(
     for key in found:
         assert key.local.port == PORT and key.remote in theirs
         assert key.local.host in {a.ip for a in here.sources(key.remote.host)}
+
+
+# the order of checked paths
+
+
+def facts(local: LocalAddress = ETH, remote: Address = A, **more: object) -> Facts:
+    return Facts(path(local, remote), **{"warm": True, "rtt": 0.02, **more})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("worse", "words"),
+    [
+        ({"warm": False}, "does not"),
+        ({"failed": True}, "dead"),
+        ({"relayed": True}, "relayed"),
+        ({"metered": True}, "metered"),
+        ({"rank": 1}, "routes"),
+        ({"rtt": 0.03}, "round trip"),
+    ],
+)
+def test_what_counts_and_in_what_order(worse: dict[str, object], words: str) -> None:
+    good, bad = facts(ETH), facts(WLAN, **worse)
+    assert order([bad, good]) == [good, bad]
+    assert words in why_before(good, bad)
+
+
+def test_each_criterion_counts_more_than_all_behind_it() -> None:
+    names: list[tuple[str, object]] = [
+        ("warm", False), ("failed", True), ("relayed", True), ("metered", True), ("rank", 1),
+    ]  # fmt: skip
+    for place, (name, value) in enumerate(names):
+        good = facts(ETH, **dict(names[place + 1 :]), rtt=0.9)
+        bad = facts(WLAN, **{name: value}, rtt=0.001)
+        assert order([bad, good])[0] is good, name
+
+
+@pytest.mark.parametrize(
+    ("challenger", "active", "moves"),
+    [
+        ({}, {}, False),
+        ({"rtt": 0.019}, {}, False),  # within what varies by itself
+        ({"rtt": 0.012}, {}, True),
+        ({"rtt": 0.003}, {"rtt": 0.004}, False),  # a quarter, but a millisecond
+        ({"relayed": True, "rtt": 0.001}, {}, False),
+        ({}, {"relayed": True, "rtt": 0.001}, True),
+        ({"metered": True, "rtt": 0.001}, {}, False),
+        ({}, {"metered": True, "rtt": 0.001}, True),
+        ({"rtt": 0.04}, {"rank": 1}, True),  # preferred, and not much slower
+        ({"rtt": 0.2}, {"rank": 1}, False),
+        ({"rank": 1, "rtt": 0.01}, {"rtt": 0.06}, False),
+        ({"rank": 1, "rtt": 0.01}, {"rtt": 0.2}, True),  # preferred, but far too slow
+        ({"loss": 0.3}, {"rtt": 0.1}, False),
+        ({}, {"loss": 0.3}, True),
+        ({"warm": False}, {"rtt": 0.1}, False),
+        ({"failed": True}, {"rtt": 0.1}, False),
+        ({"rtt": None}, {"rank": 1}, True),
+    ],
+)
+def test_a_living_path_is_left_for_a_clearly_better_one_only(
+    challenger: dict[str, object], active: dict[str, object], moves: bool
+) -> None:
+    assert (clearly_better(facts(WLAN, **challenger), facts(ETH, **active)) is not None) == moves
+
+
+PATHS = st.builds(
+    Facts,
+    key=st.sampled_from([path(ETH, A), path(WLAN, A), path(ETH, B), path(WLAN, B)]),
+    warm=st.booleans(),
+    relayed=st.booleans(),
+    metered=st.booleans(),
+    rank=st.integers(0, 3),
+    rtt=st.none() | st.floats(0.0001, 2),
+    loss=st.floats(0, 1),
+    failed=st.booleans(),
+)
+
+
+@given(PATHS, PATHS)
+def test_no_two_paths_are_clearly_better_than_each_other(one: Facts, two: Facts) -> None:
+    one, two = replace(one, warm=True, failed=False), replace(two, warm=True, failed=False)
+    assert clearly_better(one, two) is None or clearly_better(two, one) is None
+
+
+@given(st.lists(PATHS, unique_by=lambda f: f.key))
+def test_the_second_path_shares_as_little_as_can_be(known: list[Facts]) -> None:
+    active = path(ETH, A)
+    found = second(active, known, metered=False)
+    usable = {f.key for f in known if f.warm and not f.failed and not f.metered} - {active}
+    if not usable:
+        assert found is None
+    elif path(WLAN, B) in usable:
+        assert found == path(WLAN, B)
+    else:
+        assert found in usable
+        assert found.local != active.local or all(k.local == active.local for k in usable)
+
+
+def test_a_metered_path_is_the_second_one_only_where_asked_for() -> None:
+    known = [facts(ETH), facts(WLAN, metered=True)]
+    assert second(path(ETH, A), known, metered=False) is None
+    assert second(path(ETH, A), known, metered=True) == path(WLAN, A)
+
+
+def test_each_needless_move_makes_the_next_one_wait_longer() -> None:
+    damper, now = Damper(), 0.0
+    waits = []
+    for _ in range(8):
+        waits.append(damper.wait(now))
+        damper.moved(now)
+        now += 1.0
+    assert waits == [SETTLE, 2 * SETTLE, 4, 8, 16, 32, 60, 60]
+    assert damper.wait(now + FLAP_MEMORY) == SETTLE

@@ -103,6 +103,23 @@ class LocalNetwork:
         ]
         return sorted(found, key=lambda address: best[address.interface])
 
+    def ranks(self) -> dict[LocalAddress, int]:
+        """The order of the addresses of each family by the widest route of their interface, which
+        for most is the default route: 0 is what the kernel prefers. Equal metrics, equal ranks."""
+        widest: dict[tuple[str, int], tuple[int, int]] = {}
+        for route in self.routes:
+            key = (route.interface, route.network.version)
+            rank = (route.network.prefixlen, route.metric)
+            widest[key] = min(rank, widest.get(key, rank))
+        worst = (129, 0)  # of an address without any route
+        found: dict[LocalAddress, int] = {}
+        for version in (4, 6):
+            mine = [a for a in self.addresses if (":" in a.ip) == (version == 6)]
+            keys = {a: widest.get((a.interface, version), worst) for a in mine}
+            order = sorted(set(keys.values()))
+            found |= {a: order.index(key) for a, key in keys.items()}
+        return found
+
 
 def canonical_ip(text: str) -> str:
     """The one spelling of an IP literal (RFC 5952 for IPv6). Raises ValueError, also for scopes."""

@@ -1,13 +1,159 @@
-"""Which path to send on: a pure function from plain facts to an order.
+"""Which path to send on: pure functions from plain facts to an order, with reasons.
 
-The kernel's routing table is the user's own policy (metrics, preferred interfaces), so among live
-paths it decides; among addresses of the peer the one in use is kept, then the ones the user wrote
-down, in their order, then whatever else was seen to work.
+What counts, in this order: that the path answers; that it is direct; that it is not metered; the
+order of the interfaces at both ends, which is the kernel's routing table and so the user's own
+policy; the round trip. Both ends know all of these of each other (the ranks and what is metered are
+told with the candidates), so both come to the same order without agreeing on anything.
+
+To order paths is one thing, to move another: a path in use is left for one that is *clearly* better
+only, and that has been so for a while (`clearly_better`, `Damper`). A path that is dead is left at
+once, which is no business of this module but `choose` says where to.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 
 from tunnel.path.network import Address, LocalNetwork, PathKey, is_usable_remote
+
+RTT_GAIN, RTT_GAIN_MINIMUM = 0.8, 0.005
+"""A round trip is clearly shorter when it is at most this share of the other, and this many seconds
+less: a fifth of 20 ms is what a busy Wi-Fi varies by itself."""
+RANK_TOLERANCE, RANK_TOLERANCE_MINIMUM = 2.0, 0.050
+"""A preferred interface is used although its round trip is longer, up to twice the other's and
+50 ms more: beyond that people notice, and the order of metrics was hardly meant so."""
+LOSS_GAIN = 0.1
+"""Share of checks lost that makes a path clearly worse."""
+SETTLE = 1.0
+"""Seconds that a path must have been clearly better before it is moved to, at first."""
+SETTLE_LIMIT = 60.0
+FLAP_MEMORY = 120.0
+"""Seconds after which a move is forgotten; until then each doubles the wait for the next one that
+nobody needs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What the order depends on. Times in seconds."""
+
+    key: PathKey
+    warm: bool
+    """It answers checks."""
+    relayed: bool = False
+    metered: bool = False
+    """At either end."""
+    rank: int = 0
+    """Of the interfaces by the routes of both ends, added; lower is preferred."""
+    rtt: float | None = None
+    loss: float = 0.0
+    """Share of the latest checks that were not answered."""
+    failed: bool = False
+    """QUIC found it dead lately, whatever the checks say."""
+
+
+def order(facts: Iterable[Facts]) -> list[Facts]:
+    """All of them, best first; the same at both ends but for the measured round trips."""
+    return sorted(facts, key=_key)
+
+
+def _key(path: Facts) -> tuple[bool, bool, bool, bool, int, float, PathKey]:
+    rtt = path.rtt if path.rtt is not None else float("inf")
+    return (
+        not path.warm, path.failed, path.relayed, path.metered, path.rank, rtt, path.key
+    )  # fmt: skip
+
+
+def why_before(better: Facts, worse: Facts) -> str:
+    """In words, the first thing that puts one path before another."""
+    if better.warm != worse.warm:
+        return "it answers, the other does not"
+    if better.failed != worse.failed:
+        return "the other was found dead lately"
+    if better.relayed != worse.relayed:
+        return "it is direct, the other relayed"
+    if better.metered != worse.metered:
+        return "the other is metered"
+    if better.rank != worse.rank:
+        return "the routes of the two hosts prefer its interfaces"
+    if better.rtt is not None and worse.rtt is not None and better.rtt < worse.rtt:
+        return f"its round trip is shorter ({better.rtt * 1e3:.1f} ms, not {worse.rtt * 1e3:.1f})"
+    return "nothing tells them apart, and one has to be first"
+
+
+def clearly_better(path: Facts, active: Facts) -> str | None:
+    """The reason to leave a living path for another; None where the difference is not worth it."""
+    if not path.warm or path.failed or path.key == active.key:
+        return None
+    for worse, better, reason in (
+        (active.relayed, path.relayed, "direct instead of relayed"),
+        (active.metered, path.metered, "not metered"),
+    ):
+        if worse != better:
+            return reason if worse else None
+    if path.loss > active.loss + LOSS_GAIN:
+        return None
+    if active.loss > path.loss + LOSS_GAIN:
+        return "fewer losses"
+    if path.rtt is None or active.rtt is None:
+        return "preferred by the routes" if path.rank < active.rank else None
+    if path.rank < active.rank:
+        tolerated = active.rtt * RANK_TOLERANCE + RANK_TOLERANCE_MINIMUM
+        return "preferred by the routes" if path.rtt <= tolerated else None
+    if path.rank > active.rank:
+        tolerated = path.rtt * RANK_TOLERANCE + RANK_TOLERANCE_MINIMUM
+        return "much shorter round trip" if active.rtt > 1.25 * tolerated else None
+    gain = min(active.rtt * RTT_GAIN, active.rtt - RTT_GAIN_MINIMUM)
+    return "shorter round trip" if path.rtt < gain else None
+
+
+def second(
+    active: PathKey, facts: Iterable[Facts], *, metered: bool, current: PathKey | None = None
+) -> PathKey | None:
+    """The path that shares least with the active one, best first: what kills one spares the other.
+
+    `metered`: whether a metered path may serve. `current` stays while nothing is better in kind.
+    """
+    usable = [
+        path
+        for path in facts
+        if path.warm and not path.failed and path.key != active and (metered or not path.metered)
+    ]
+    if not usable:
+        return None
+
+    def key(path: Facts) -> tuple[int, bool, bool, int, bool, float]:
+        shared = (path.key.local.host == active.local.host) * 2 + (
+            path.key.remote.host == active.remote.host
+        )
+        rtt = path.rtt if path.rtt is not None else float("inf")
+        return (shared, path.relayed, path.metered, path.rank, path.key != current, rtt)
+
+    return min(usable, key=key).key
+
+
+@dataclass(slots=True)
+class Damper:
+    """How long a better path must have been better: longer with each move of late."""
+
+    moves: list[float] = field(default_factory=list)
+    """When either end moved, for whatever reason: a link that comes and goes is no better one."""
+
+    def moved(self, now: float) -> None:
+        self.moves = [at for at in self.moves if now - at < FLAP_MEMORY] + [now]
+
+    def wait(self, now: float, *, told: bool = False) -> float:
+        """Seconds that a path must have been clearly better to be moved to.
+
+        `told`: the kernel's routes have just come to prefer it, which once is reason enough.
+        """
+        recent = sum(1 for at in self.moves if now - at < FLAP_MEMORY)
+        if told and not recent:
+            return 0.0
+        return min(SETTLE * (1 << min(recent, 10)), SETTLE_LIMIT)
+
+
+# Paths that nobody has checked yet: where to dial, and where to flee when nothing is warm.
 
 
 def candidates(
@@ -20,13 +166,13 @@ def candidates(
     """
     ranked: list[tuple[int, int, int, PathKey]] = []
     uses: dict[str, int] = {}
-    for order, remote in enumerate(remotes):
+    for place, remote in enumerate(remotes):
         if not is_usable_remote(remote.host):
             continue
         for rank, source in enumerate(network.sources(remote.host)):
             turn = uses.get(source.ip, 0)
             uses[source.ip] = turn + 1
-            ranked.append((turn, order, rank, PathKey(Address(source.ip, port), remote)))
+            ranked.append((turn, place, rank, PathKey(Address(source.ip, port), remote)))
     ranked.sort(key=lambda entry: entry[:3])
     return [entry[3] for entry in ranked[:limit]]
 
@@ -37,7 +183,7 @@ def unique(addresses: Iterable[Address]) -> list[Address]:
 
 
 def best_from(network: LocalNetwork, port: int, remotes: Sequence[Address]) -> PathKey | None:
-    """Where to go when the active path's local address is gone, or another is preferred now.
+    """Where to go when nothing is warm and the active path's local address is gone.
 
     The first remote address that any local address reaches; None when there is no way at all.
     """

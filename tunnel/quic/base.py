@@ -102,6 +102,8 @@ class PathConnection(QuicConnection):
         self._active = self._paths[path] = self._new_path(path)
         self._retiring: list[tuple[float, QuicConnectionId]] = []  # replaced on a path in use
         self._apparent: ApparentMove | None = None
+        self._second: NetworkPath | None = None
+        self._second_gets_all = False
         self._settled_in_at = 0.0
         self._announced: tuple[bytes, ...] = ()
         self._counters = {"cid_shortages": 0, "moves_contested": 0}
@@ -265,6 +267,7 @@ class PathConnection(QuicConnection):
         # Finished, which is what the exporter's secret is made of.
         first = tls.Direction.DECRYPT if self._is_client else tls.Direction.ENCRYPT
         if epoch is tls.Epoch.ONE_RTT and direction is first:
+            assert self.tls.key_schedule is not None
             self._exporter = Exporter.at_server_finished(self.tls.key_schedule)
         super()._update_traffic_key(direction, epoch, cipher_suite, secret)
 
@@ -420,7 +423,7 @@ class PathConnection(QuicConnection):
 
     def _retire_path(self, path: NetworkPath) -> None:
         path.retire_at = None
-        if path is self.active:
+        if path in (self.active, self._second):
             return
         path.challenge_due = False
         if path.state is PathState.PROBING:
@@ -430,6 +433,7 @@ class PathConnection(QuicConnection):
         elif path.peer_cid is not None:
             self._retire_peer_cid(path.peer_cid)
         path.peer_cid = None
+        self._replay(path)  # no acknowledgement comes any more
         path.metrics.abandon()  # its frames are sent again: the engine reports them lost
 
     # paths
@@ -459,6 +463,8 @@ class PathConnection(QuicConnection):
     def _register(self, path: NetworkPath) -> None:
         if len(self._paths) >= MAX_PATHS:
             kept = {self.active.addr}
+            if self._second is not None:
+                kept.add(self._second.addr)
             if self._apparent is not None:
                 kept |= {self._apparent.old.addr, self._apparent.new.addr}
             spare = [p for p in self._paths.values() if p.addr not in kept]
@@ -474,13 +480,18 @@ class PathConnection(QuicConnection):
             p.address_validated and p.addr.remote == path.addr.remote for p in self._paths.values()
         )
 
-    def _switch(self, path: NetworkPath, now: float, *, challenge: bool) -> None:
+    def _switch(
+        self, path: NetworkPath, now: float, *, challenge: bool, replay: bool = True
+    ) -> None:
+        """`replay`: what is in flight on the path before may be lost, and is sent again."""
         old = self.active
         if path is old:
             return
         path.retire_at = None
         path.used_at = now
         self.active = path
+        if path is self._second:
+            self._second = None
         self._take_cid(path)
         if self._recovery is not None:
             self._recovery.sending = path.metrics
@@ -488,9 +499,26 @@ class PathConnection(QuicConnection):
             self._set_patience()
         path.pmtu.revalidate(now)
         self._leave_path(old)
+        if self._quic_logger is not None:
+            # draft-ietf-quic-qlog-quic-events section 4.6
+            self._quic_logger.log_event(
+                category="connectivity",
+                event="path_assigned",
+                data={
+                    "path_id": str(path.addr),
+                    "path_local": str(path.addr.local),
+                    "path_remote": str(path.addr.remote),
+                },
+            )
+        if replay:
+            self._replay(old)
         if challenge:
             self._challenge(path)
         self._probe_pending = True  # something ack-eliciting leaves at once
+
+    def _replay(self, path: NetworkPath) -> None:
+        if self._engine.running and path is not self.active:
+            self._engine.replay(path.metrics, now=self._now)
 
     # asking
 

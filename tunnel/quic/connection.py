@@ -65,8 +65,11 @@ class PeerConnection(SendingConnection):
 
     # what the owner calls
 
-    def move(self, key: PathKey, now: float) -> None:
-        """Send on this path from the next packet on; the move is ours and we know it."""
+    def move(self, key: PathKey, now: float, *, replay: bool = True) -> None:
+        """Send on this path from the next packet on; the move is ours and we know it.
+
+        `replay`: what is in flight on the path before is sent again, for that path is dead.
+        """
         self._now = now
         path = self._path(key)
         if path is self.active:
@@ -75,7 +78,47 @@ class PeerConnection(SendingConnection):
         if path.state is PathState.GONE:
             path.advance(PathState.CANDIDATE)
         self._settle_in(now)
-        self._switch(path, now, challenge=True)
+        self._switch(path, now, challenge=True, replay=replay)
+
+    def vouch(self, key: PathKey, rtt: float, now: float, *, trusted: bool) -> None:
+        """The path answers checks outside QUIC (RFC 8445), `rtt` seconds later.
+
+        So data may go there without a limit, and copies at any time. `trusted`: the peer itself, or
+        our configuration, named the address; then a move of the peer to there is followed at once.
+        """
+        self._now = now
+        path = self._path(key)
+        if path.state is PathState.GONE:
+            path.advance(PathState.CANDIDATE)
+        path.invited = True
+        if trusted:
+            path.address_validated = True
+        if path is not self.active:
+            path.metrics.add_rtt(rtt, 0.0)
+
+    def second(self, key: PathKey | None, now: float, *, everything: bool = False) -> None:
+        """The path that copies go to, beside the active one: of sparse flows, or of `everything`.
+
+        They move nobody. None: no copies.
+        """
+        self._now = now
+        path = None if key is None else self._path(key)
+        before, self._second = self._second, path
+        self._second_gets_all = everything
+        if path is not None:
+            path.retire_at = None
+        if before is not None and before is not path and before is not self.active:
+            self._leave_path(before)
+
+    def race(self, now: float) -> None:
+        """The active path may be dead: what is in flight there goes to the second one as well."""
+        self._now = now
+        if self._second is None or not self._take_cid(self._second):
+            return
+        self._second_gets_all = True
+        self._engine.replay(
+            self.active.metrics, self._second.metrics, now=now
+        )
 
     def probe(self, key: PathKey, now: float) -> None:
         """Challenge a path without moving; `PathValidated` or `PathFailed` will tell."""
@@ -91,6 +134,8 @@ class PeerConnection(SendingConnection):
         if path is not None and path.state is not PathState.GONE:
             path.advance(PathState.GONE)
             path.challenge_due = False
+            if path is self._second:
+                self._second = None
 
     def path_event(self, now: float) -> None:
         """The network changed: forget the back-off and find out at once where we stand."""
@@ -358,6 +403,9 @@ class PeerConnection(SendingConnection):
             if path.addr.remote == old.addr.remote:
                 self._settle_in(now)  # of two ends that follow each other, one has to stay
             self._switch(path, now, challenge=path.state is not PathState.VALIDATED)
+            # Checks can be forwarded like any packet, so that a forwarder's address may be known:
+            # the old one is listened to here, too.
+            self._apparent = ApparentMove(old, path, number, now, validated_at=now, settled=True)
         else:
             same_host = path.addr.remote.host == old.addr.remote.host
             if same_host and path.addr.local == old.addr.local:

@@ -78,12 +78,18 @@ class SendingConnection(PathConnection):
         return [(data, path.owner.addr) for path, data in self._datapath.engine.take_sealed()]
 
     def _sync_copies(self) -> None:
-        """While a move of the peer is checked, the address before gets a copy of everything."""
+        """Where copies go: while a move of the peer is checked, everything to the address before;
+        else what the owner wants to the second path.
+        """
+        wanted, everything = self._second, self._second_gets_all
         apparent = self._apparent
-        old = apparent.old if apparent is not None and not apparent.settled else None
-        wanted = old.metrics if old is not None and old.peer_cid is not None else None
-        if self._engine.copies is not wanted:
-            self._engine.copies = wanted
+        if apparent is not None and not apparent.settled and apparent.old.peer_cid is not None:
+            wanted, everything = apparent.old, True
+        if wanted is None or wanted is self.active or not self._take_cid(wanted):
+            self._engine.copies = None
+            return
+        self._engine.copies = wanted.metrics
+        self._engine.copies_all = everything
 
     # a flush, part by part
 
@@ -165,7 +171,7 @@ class SendingConnection(PathConnection):
         out = self._flush(builder, path, now)
         if asks:
             path.challenge_padded = bool(out) and len(out[0][0]) >= START_MTU
-        if path.retire_at is None:
+        if path.retire_at is None and path is not self._second:
             # An ID taken for a probe goes back when nothing comes of it.
             path.retire_at = now + PROBED_CID_LIFE
         return out

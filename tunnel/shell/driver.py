@@ -35,6 +35,8 @@ from tunnel.events import (
     PeerRefused,
     PeerUp,
     PingReply,
+    PortUnwanted,
+    PortWanted,
     ResolveWanted,
 )
 from tunnel.path.network import Address, LocalNetwork, PathKey
@@ -80,6 +82,7 @@ class Node(Protocol):
     def engine_events(self, connections: list[Connection], now: float) -> bool: ...
     def receive_datagram(self, data: bytes, path: PathKey, now: float) -> None: ...
     def network_changed(self, network: LocalNetwork, port: int, now: float) -> None: ...
+    def port_opened(self, local: Address, now: float) -> None: ...
     def endpoints_resolved(self, peer: str, addresses: list[Address], now: float) -> None: ...
     def send_failed(self, path: PathKey, error: int, now: float) -> None: ...
     def resumed(self, now: float) -> None: ...
@@ -364,6 +367,10 @@ class Driver:
                 offered = self._offers.pop(token, None)
                 if offered is not None:
                     offered(event)
+            case PortWanted(ip):
+                self._loop.call_soon(self._open_port, ip)
+            case PortUnwanted(local):
+                self._sockets.close_extra(local)
             case BenchWanted():
                 self._loop.call_soon(self._serve_bench, event)
             case ResolveWanted(peer, endpoints):
@@ -434,6 +441,11 @@ class Driver:
         number = self._numbers.pop(udp.local)
         del self._locals[number]
         self._io.remove_socket(number)
+
+    def _open_port(self, ip: str) -> None:
+        local = None if self._stopped.done() else self._sockets.open_extra(ip)
+        if local is not None:
+            self._turn(lambda now: self._node.port_opened(local, now))
 
     def _aim(self, path: Path, key: PathKey) -> None:
         path.aim(self._numbers.get(key.local, NO_SOCKET), pack(key.remote))

@@ -1,4 +1,4 @@
-"""UDP sockets: one for each usable local address, all on one port.
+"""UDP sockets: one for each usable local address, all on one port; more of them when asked for.
 
 A path is (local address, remote address), so every datagram says which socket it came in on, and
 which one it has to leave by. What a socket refuses to send is a fact about that path and is
@@ -129,11 +129,12 @@ class UdpSockets:
         self._opened = opened
         self._closing = closing
         self._sockets: dict[str, UdpSocket] = {}
+        self._extra: dict[Address, UdpSocket] = {}
         self._unusable: set[str] = set()
         self._proven = False
 
     def __iter__(self) -> Iterator[UdpSocket]:
-        return iter(self._sockets.values())
+        return iter([*self._sockets.values(), *self._extra.values()])
 
     @property
     def incomplete(self) -> bool:
@@ -156,6 +157,8 @@ class UdpSockets:
         wanted = {ip: device_for(ip, network) for ip in _unique(network.addresses)}
         for ip in [ip for ip in self._sockets if ip not in wanted]:
             self._close(ip)
+        for local in [local for local in self._extra if local.host not in wanted]:
+            self.close_extra(local)
         for ip, interface in wanted.items():
             if ip in self._sockets:
                 self._sockets[ip].bind_device(interface)
@@ -167,6 +170,33 @@ class UdpSockets:
             self._open_anywhere(missing)
         self._proven = self._proven or bool(self._sockets)
 
+    def open_extra(self, ip: str) -> Address | None:
+        """Another socket on an address that has one, on a port of the kernel's choice."""
+        first = self._sockets.get(ip)
+        if first is None:
+            return None
+        try:
+            udp = UdpSocket(ip, 0, first.interface)
+        except OSError as error:
+            _log.warning("no further socket", local=ip, error=error.strerror or error)
+            return None
+        try:
+            self._opened(udp)
+        except OSError:
+            udp.close()
+            return None
+        self._extra[udp.local] = udp
+        _log.info("socket opened", local=udp.local, device=udp.interface or None)
+        return udp.local
+
+    def close_extra(self, local: Address) -> None:
+        """Close one that `open_extra` has opened, if it still is."""
+        udp = self._extra.pop(local, None)
+        if udp is not None:
+            self._closing(udp)
+            udp.close()
+            _log.info("socket closed", local=udp.local)
+
     def send(self, datagrams: Sequence[tuple[PathKey, bytes]]) -> list[tuple[PathKey, int]]:
         """Send them in order; the paths that failed, each once, with the first errno there.
 
@@ -176,6 +206,8 @@ class UdpSockets:
         for path, data in datagrams:
             udp = self._sockets.get(path.local.host)
             if udp is None or udp.local != path.local:
+                udp = self._extra.get(path.local)
+            if udp is None:
                 code = errno.EADDRNOTAVAIL  # the address is gone, and its socket with it
             else:
                 code = udp.send(path.remote, data)
@@ -188,6 +220,8 @@ class UdpSockets:
 
     def close(self) -> None:
         """Close all."""
+        for local in list(self._extra):
+            self.close_extra(local)
         for ip in list(self._sockets):
             self._close(ip)
 
