@@ -83,7 +83,7 @@ class SendingConnection(PathConnection):
         old = apparent.old if apparent is not None and not apparent.settled else None
         wanted = old.metrics if old is not None and old.peer_cid is not None else None
         if self._engine.copies is not wanted:
-            self._engine.copies = wanted
+            self._engine.copies, self._engine.copies_all = wanted, wanted is not None
 
     # a flush, part by part
 
