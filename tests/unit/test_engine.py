@@ -362,10 +362,11 @@ def test_what_waits_for_a_removed_path_does_not_leave_elsewhere() -> None:
     near.add_path()
     near.lane.push(numbered(2), START)
     near.connection.seal(START)
-    (sent,) = near.engine.take_sealed()
-    assert sent[0] is near.path
-    number, _, plain = near.seals.open(sent[1])
-    assert (number, plain[:2]) == (1, b"\x30\0") and plain.endswith(numbered(2))
+    sent = near.engine.take_sealed()
+    assert [path for path, _ in sent] == 2 * [near.path]
+    new, again = [near.seals.open(data) for _, data in sent]
+    assert (new[0], new[2]) == (1, datagram(PACKET + numbered(2), last=True))
+    assert (again[0], again[2]) == (2, datagram(COPY + b"\0" + PACKET + numbered(1), last=True))
 
 
 def test_an_unproven_address_gets_three_times_what_came() -> None:

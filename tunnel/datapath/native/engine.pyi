@@ -46,6 +46,9 @@ class Lane:
     @property
     def queue_packets(self) -> int: ...
     def set_quantum(self, size: int) -> None: ...
+    def set_redundancy(self, rate: float) -> None:
+        """Bytes of sparse flows' packets a second that may also leave on `Connection.copies`;
+        0.0: none. 32,000 until set."""
     @property
     def counters(self) -> dict[str, int]: ...
 
@@ -206,7 +209,16 @@ class Connection:
     def activate(self, path: Path) -> None: ...
     peer_path: Path
     copies: Path | None
-    """Gets a copy of every datagram that leaves on the active path."""
+    """Gets copies of datagrams that leave on the active path; they move nobody."""
+    copies_all: bool
+    """Of every datagram; otherwise of those of sparse flows, within the lane's budget."""
+    def replay(self, path: Path, onto: Path | None = None, *, now: float) -> int:
+        """Send copies of what left on `path` within the last 2 s and is not known to have arrived on
+        another one, the active path if None; how many. They leave with the next packets, and all
+        that still waits from earlier calls leaves there too."""
+    @property
+    def pending_replay(self) -> int:
+        """Datagrams that are to be replayed and have not been yet."""
     largest_moving: int
     number: int
     """Of the next packet. It only grows."""
@@ -234,7 +246,11 @@ class Connection:
     def handle_timer(self, now: float) -> None: ...
     def take(self, now: float) -> Report | None: ...
     @property
-    def counters(self) -> dict[str, int]: ...
+    def counters(self) -> dict[str, int]:
+        """Among them `copies_sent`, the copy packets: `redundant_packets` (`redundant_bytes` as
+        sent) of what had just left, and those of replays. `replayed` counts datagrams,
+        `replay_needless` the replays whose datagram arrived another way as well, and
+        `replay_given_up` those that were too old, or had no room, to be replayed."""
 
 class Io:
     """Batches between TUN, engine and UDP. Watch `fileno()`, then call `step`."""

@@ -154,6 +154,9 @@ cdef class Lane:
     def set_quantum(self, uint32_t size):
         mt.mt_queue_set_quantum(self.l.queue, size)
 
+    def set_redundancy(self, double rate):
+        mt.mt_lane_set_redundancy(self.l, rate)
+
     @property
     def counters(self):
         cdef mt.mt_lane_counters n = self.l.counters
@@ -513,6 +516,22 @@ cdef class Connection:
         self.c.copies = NULL if path is None else path.live()
 
     @property
+    def copies_all(self):
+        return bool(self.c.copies_all)
+
+    @copies_all.setter
+    def copies_all(self, bint value):
+        self.c.copies_all = value
+
+    def replay(self, Path path, Path onto=None, *, double now):
+        cdef mt.mt_path *target = self.c.active if onto is None else onto.live()
+        return mt.mt_conn_replay(self.c, path.live(), target, us(now))
+
+    @property
+    def pending_replay(self):
+        return mt.mt_conn_replays(self.c)
+
+    @property
     def largest_moving(self):
         return self.c.largest_moving if self.c.has_moving else -1
 
@@ -707,6 +726,11 @@ cdef class Connection:
             "spurious_losses": n.spurious,
             "probe_timeouts": n.ptos,
             "copies_sent": n.copies_sent,
+            "redundant_packets": n.redundant_packets,
+            "redundant_bytes": n.redundant_bytes,
+            "replayed": n.replayed,
+            "replay_needless": n.replay_needless,
+            "replay_given_up": n.replay_given_up,
             "acks_sent": n.acks_sent,
             "acks_received": n.acks_received,
             "window_blocked": n.window_blocked,

@@ -138,6 +138,7 @@ cdef extern from "core/engine.h" nogil:
     struct mt_conn_counters:
         uint64_t sent, received, acks_sent, acks_received, duplicates, failed, lost, spurious, ptos
         uint64_t copies_sent, refused_opened, window_blocked, pacing_blocked
+        uint64_t redundant_packets, redundant_bytes, replayed, replay_needless, replay_given_up
 
     struct mt_window:
         uint64_t end
@@ -172,6 +173,7 @@ cdef extern from "core/engine.h" nogil:
         mt_path *active
         mt_path *peer_path
         mt_path *copies
+        bint copies_all
         uint64_t largest_moving
         bint has_moving
         mt_time heard_at
@@ -228,6 +230,7 @@ cdef extern from "core/engine.h" nogil:
     void mt_lane_hold(mt_lane *l)
     void mt_lane_recover(mt_lane *l, mt_time now)
     bint mt_lane_pending(const mt_lane *l)
+    void mt_lane_set_redundancy(mt_lane *l, double rate)
 
     mt_conn *mt_conn_new(mt_engine *e)
     void mt_conn_free(mt_conn *c)
@@ -243,6 +246,8 @@ cdef extern from "core/engine.h" nogil:
     void mt_path_add_rtt(mt_path *p, double rtt, double ack_delay)
     void mt_conn_forgive(mt_conn *c, mt_path *p)
     void mt_conn_abandon(mt_conn *c, mt_path *p)
+    int mt_conn_replay(mt_conn *c, mt_path *left, mt_path *onto, mt_time now)
+    uint32_t mt_conn_replays(const mt_conn *c)
     double mt_path_probe_timeout(const mt_path *p, mt_time max_ack_delay)
     uint64_t mt_path_sendable(const mt_path *p)
     bint mt_conn_receive(mt_conn *c, mt_path *p, uint8_t *packet, uint32_t length, mt_time now)

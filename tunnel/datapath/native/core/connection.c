@@ -4,17 +4,7 @@
 #include "internal.h"
 
 #define ACK_EVERY 32 /* ack-eliciting packets after which a batch is acknowledged at once */
-#define PING_EVERY 64 /* acknowledgements, to have them acknowledged (RFC 9000 section 13.2.4) */
-#define MAX_GSO_BYTES 65507 /* of UDP payload in one message to the kernel */
-#define MAX_GSO_SEGMENTS 64 /* UDP_MAX_SEGMENTS of Linux before 6.9 */
 #define START_WINDOW (32 * 1200) /* bytes, until the controller says otherwise */
-#define BURST 1000 /* microseconds of rate that may leave at once after a pause */
-/* The same while data waits for the pacer: a wake-up that comes late must not cost rate, or the rate
- * measured becomes that of our wake-ups. On fast paths there is less between two of them. */
-#define BURST_LATE 2000
-#define BURST_LATE_FAST 4000
-#define FAST_RATE 25.0 /* bytes per microsecond: 200 Mbit/s */
-#define PACE_STEP 500.0 /* microseconds of rate to gather before the next burst */
 #define RETIRE_PTOS 3 /* old keys live this long after an update (RFC 9001 section 6.5) */
 #define CONFIDENTIALITY ((uint64_t)1 << 23) /* packets of one AES-GCM key, RFC 9001 section 6.6 */
 #define INTEGRITY ((uint64_t)1 << 36) /* forged packets, the lower of the ciphers' limits */
@@ -129,7 +119,7 @@ struct mt_path *mt_conn_add_path(struct mt_conn *c, uint32_t mtu, double initial
         p->scan = c->number;
         p->limited = true;
         if (!c->active)
-            c->active = c->peer_path = p;
+            c->active = c->peer_path = c->replay.onto = p;
         return p;
     }
     return NULL;
@@ -141,6 +131,7 @@ void mt_conn_remove_path(struct mt_conn *c, struct mt_path *p)
         return;
     if (c->ring)
         mt_conn_abandon(c, p);
+    replay_path_gone(c, p);
     outbox_drop(c, p);
     p->used = false;
     if (c->peer_path == p)
@@ -153,7 +144,7 @@ void mt_conn_activate(struct mt_conn *c, struct mt_path *p)
 {
     if (c->active == p)
         return;
-    c->active = p;
+    c->active = c->replay.onto = p;
     c->pto_count = 0;
     c->woken = false;
     c->pace_at = MT_NEVER;
@@ -189,7 +180,7 @@ static bool may_update(const struct mt_conn *c)
            c->largest_acked >= mt_keys_first_sealed(c->keys);
 }
 
-static void renew_keys(struct mt_conn *c, mt_time now)
+void conn_renew_keys(struct mt_conn *c, mt_time now)
 {
     if ((c->wants_update || mt_keys_sealed(c->keys) >= c->max_sealed) && may_update(c)) {
         c->wants_update = false;
@@ -198,130 +189,6 @@ static void renew_keys(struct mt_conn *c, mt_time now)
         conn_fail(c, AEAD_LIMIT_REACHED, 0, "keys could not be updated in time");
     }
     watch_keys(c, now);
-}
-
-/* ---- outbox ---- */
-
-uint8_t *outbox_room(struct mt_engine *e, uint32_t size)
-{
-    if (e->out_length + size > MT_OUTBOX || e->packet_count + 2 > MT_OUTBOX_PACKETS)
-        return NULL;
-    return e->out + e->out_length;
-}
-
-void outbox_add(struct mt_conn *c, struct mt_path *p, uint32_t size)
-{
-    struct mt_engine *e = c->engine;
-    struct mt_message *m = e->message_count ? &e->messages[e->message_count - 1] : NULL;
-    if (m && m->conn == c && m->path == p && m->offset + m->length == e->out_length &&
-        m->length == m->segment * m->count && size <= m->segment &&
-        m->count < MAX_GSO_SEGMENTS && m->length + size <= MAX_GSO_BYTES) {
-        m->length += size;
-        m->count++;
-    } else {
-        e->messages[e->message_count++] =
-            (struct mt_message){c, p, e->out_length, size, size, 1};
-    }
-    e->out_length += size;
-    e->packet_count++;
-    p->bytes_sent += size;
-}
-
-/* Packets sealed but not yet under header protection, which is cheaper for many at once. */
-struct batch {
-    uint32_t count;
-    uint8_t *packets[MT_KEYS_BATCH];
-    uint8_t number_at[MT_KEYS_BATCH];
-};
-
-static void protect(struct mt_conn *c, struct batch *b)
-{
-    uint8_t samples[MT_KEYS_BATCH * MT_SAMPLE], masks[MT_KEYS_BATCH * MT_SAMPLE];
-    for (uint32_t i = 0; i < b->count; i++)
-        memcpy(samples + MT_SAMPLE * i, b->packets[i] + b->number_at[i] + 4, MT_SAMPLE);
-    if (b->count)
-        mt_keys_masks(c->keys, true, samples, masks, b->count);
-    for (uint32_t i = 0; i < b->count; i++) {
-        uint8_t *packet = b->packets[i], *number = packet + b->number_at[i];
-        const uint8_t *mask = masks + MT_SAMPLE * i;
-        packet[0] ^= mask[0] & 0x1f;
-        for (int k = 0; k < MT_NUMBER_SIZE; k++)
-            number[k] ^= mask[1 + k];
-    }
-    b->count = 0;
-}
-
-/* RFC 9000 section 17.3.1; returns the header's size */
-static uint32_t write_header(struct mt_conn *c, const struct mt_path *p, uint8_t *out)
-{
-    out[0] = (uint8_t)(0x40 | mt_keys_phase(c->keys) << 2 | (MT_NUMBER_SIZE - 1));
-    memcpy(out + 1, p->cid, p->cid_length);
-    mt_put32(out + 1 + p->cid_length, (uint32_t)c->number);
-    return 1u + p->cid_length + MT_NUMBER_SIZE;
-}
-
-/* The packet at the end of the outbox is complete: seal it, number it, keep it in mind. */
-static bool finish(struct mt_conn *c, struct mt_path *p, struct batch *b, uint8_t *packet,
-                   uint32_t header, uint32_t payload, int flags, mt_time now)
-{
-    uint64_t number = c->number;
-    uint32_t size = header + payload + MT_TAG;
-    if (!recovery_track(c, p, number, size, flags, now))
-        return false;
-    mt_keys_seal(c->keys, number, packet, header, payload);
-    b->packets[b->count] = packet;
-    b->number_at[b->count++] = (uint8_t)(header - MT_NUMBER_SIZE);
-    outbox_add(c, p, size);
-    if (flags & MT_SENT_IN_FLIGHT)
-        p->tokens -= size;
-    c->counters.sent++;
-    return true;
-}
-
-/* ---- acknowledging ---- */
-
-#define ACK_PACKET (1 + MT_MAX_CID + MT_NUMBER_SIZE + MT_ACK_SIZE + 4 + MT_TAG)
-
-static bool can_acknowledge(const struct mt_conn *c)
-{
-    return c->running && c->active->has_cid && mt_path_sendable(c->active) >= 100;
-}
-
-static void acknowledge(struct mt_conn *c, mt_time now)
-{
-    struct mt_path *p = c->active;
-    if (!can_acknowledge(c) || !recovery_has_room(c))
-        return;
-    uint8_t *packet = outbox_room(c->engine, ACK_PACKET);
-    if (!packet)
-        return; /* the timer asks again */
-    uint32_t header = write_header(c, p, packet);
-    uint64_t room = mt_path_sendable(p);
-    if (room > p->mtu)
-        room = p->mtu;
-    uint32_t payload = mt_received_ack(&c->received, packet + header,
-                                       (uint32_t)room - header - MT_TAG - 4, c->ack_exponent, now);
-    if (!payload) {
-        c->received.eliciting = 0; /* nothing has arrived yet */
-        c->received.at_once = false;
-        return;
-    }
-    int flags = 0;
-    if (++c->counters.acks_sent % PING_EVERY == 0 && !p->outstanding) {
-        packet[header + payload++] = 0x01;
-        flags = MT_SENT_ELICITING | MT_SENT_IN_FLIGHT;
-    }
-    recovery_note_ack(c, c->number);
-    struct batch b = {.count = 0};
-    finish(c, p, &b, packet, header, payload, flags, now);
-    protect(c, &b);
-}
-
-void mt_conn_received(struct mt_conn *c, mt_time now)
-{
-    if (c->running && c->received.eliciting &&
-        (c->received.at_once || c->received.eliciting >= ACK_EVERY))
-        acknowledge(c, now);
 }
 
 /* ---- receiving ---- */
@@ -487,6 +354,13 @@ bool mt_conn_receive(struct mt_conn *c, struct mt_path *p, uint8_t *packet, uint
     return open_packet(c, p, packet, length, mask, now);
 }
 
+void mt_conn_received(struct mt_conn *c, mt_time now)
+{
+    if (c->running && c->received.eliciting &&
+        (c->received.at_once || c->received.eliciting >= ACK_EVERY))
+        send_acknowledge(c, now);
+}
+
 bool mt_conn_ack_frame(struct mt_conn *c, struct mt_path *p, const uint8_t *frame, uint32_t length,
                        bool ecn, mt_time now, uint32_t *used)
 {
@@ -498,178 +372,6 @@ bool mt_conn_ack_frame(struct mt_conn *c, struct mt_path *p, const uint8_t *fram
     return !code;
 }
 
-/* ---- sending ---- */
-
-/* Fill the pacer's bucket. */
-static void refill(struct mt_path *p, mt_time now)
-{
-    double late = p->pacing > FAST_RATE ? BURST_LATE_FAST : BURST_LATE;
-    double burst = p->pacing * (p->waiting ? late : BURST);
-    p->waiting = false;
-    if (burst < 3.0 * p->mtu)
-        burst = 3.0 * p->mtu;
-    if (now > p->tokens_at)
-        p->tokens += p->pacing * (double)(now - p->tokens_at);
-    p->tokens_at = now;
-    if (p->tokens > burst)
-        p->tokens = burst;
-}
-
-static bool may_send(struct mt_conn *c, struct mt_path *p, uint32_t size, mt_time now)
-{
-    if (p->in_flight && p->in_flight + size > p->window) {
-        c->counters.window_blocked++;
-    } else if (p->pacing > 0 && p->tokens <= 0) {
-        c->counters.pacing_blocked++;
-        p->waiting = true;
-        double step = p->pacing * PACE_STEP;
-        if (step > MAX_GSO_BYTES)
-            step = MAX_GSO_BYTES;
-        c->pace_at = now + 1 + (mt_time)((step - p->tokens) / p->pacing);
-    } else if (mt_path_sendable(p) >= size && recovery_has_room(c)) {
-        return true;
-    }
-    return false;
-}
-
-/* Cut a part of the packet in l->split for a datagram of at most `most` bytes; returns its size. */
-static uint32_t write_part(struct mt_lane *l, uint8_t *out, uint32_t most)
-{
-    uint8_t *p = out;
-    *p++ = KIND_PART;
-    p += mt_put_varint(p, l->split_id);
-    p += mt_put_varint(p, l->split_offset);
-    uint32_t room = most - (uint32_t)(p - out) - 1;
-    uint32_t left = l->split_length - l->split_offset;
-    uint32_t take = left < room ? left : room;
-    *p++ = take == left;
-    memcpy(p, l->split + l->split_offset, take);
-    l->split_offset += take;
-    if (take == left)
-        l->split_length = 0;
-    return (uint32_t)(p - out) + take;
-}
-
-static bool begin_split(struct mt_lane *l, uint32_t length)
-{
-    if (!l->split && !(l->split = malloc(MT_MAX_IP)))
-        return false;
-    mt_queue_take(l->queue, l->split);
-    l->split_length = length;
-    l->split_offset = 0;
-    l->split_id = (l->split_id + 1) & 0x3fff; /* two bytes as a varint */
-    l->counters.split++;
-    return true;
-}
-
-/* The second way of a datagram whose packet is at `original`, not sealed yet: a copy packet, which
- * moves nobody. */
-static void write_copy(struct mt_conn *c, struct batch *b, const uint8_t *payload, uint32_t length,
-                       uint64_t root, mt_time now)
-{
-    struct mt_path *p = c->copies;
-    uint32_t most = 1 + MT_MAX_CID + MT_NUMBER_SIZE + 2 + 8 + length + MT_TAG;
-    uint8_t *packet = outbox_room(c->engine, most);
-    if (!packet || b->count >= MT_KEYS_BATCH || !p->has_cid || !recovery_has_room(c))
-        return;
-    uint32_t header = write_header(c, p, packet);
-    uint8_t *at = packet + header;
-    *at++ = 0x30;
-    *at++ = KIND_COPY;
-    at += mt_put_varint(at, root);
-    uint32_t head = (uint32_t)(at - packet) - header;
-    uint32_t size = header + head + length + MT_TAG;
-    if (size > p->mtu || p->in_flight + size > p->window || mt_path_sendable(p) < size)
-        return;
-    memcpy(at, payload, length);
-    if (finish(c, p, b, packet, header, head + length, MT_SENT_ELICITING | MT_SENT_IN_FLIGHT, now))
-        c->counters.copies_sent++;
-}
-
-/* One datagram from the lane's queue; false: nothing more can leave now. */
-static bool seal_next(struct mt_conn *c, struct mt_path *p, struct batch *b, mt_time now)
-{
-    struct mt_lane *l = c->lane;
-    uint32_t overhead = 1u + p->cid_length + MT_NUMBER_SIZE + MT_TAG + 1;
-    uint32_t whole = p->mtu - overhead - (c->copies ? COPY_OVERHEAD : 0);
-    uint32_t waiting = 0;
-    if (!l->split_length) {
-        waiting = mt_queue_peek(l->queue, now);
-        if (!waiting) {
-            if (p->in_flight < p->window)
-                p->app_limited = p->delivered + (uint64_t)p->in_flight + 1;
-            return false;
-        }
-    }
-    bool parts = l->split_length || waiting + 1 > whole;
-    uint32_t part = whole < MAX_PART ? whole : MAX_PART; /* less with long connection IDs */
-    if (!may_send(c, p, overhead + (parts ? part : waiting + 1), now))
-        return false;
-    uint8_t *packet = outbox_room(c->engine, MT_MAX_DATAGRAM);
-    if (!packet)
-        return false;
-    if (parts && !l->split_length && !begin_split(l, waiting))
-        return false;
-    uint32_t header = write_header(c, p, packet);
-    uint8_t *payload = packet + header + 1;
-    uint32_t length;
-    packet[header] = 0x30; /* DATAGRAM to the packet's end */
-    if (parts) {
-        length = write_part(l, payload, part);
-    } else {
-        payload[0] = KIND_PACKET;
-        mt_queue_take(l->queue, payload + 1);
-        length = waiting + 1;
-    }
-    if (!l->split_length)
-        l->counters.sent++;
-    l->counters.sent_bytes += length;
-    uint64_t root = c->number;
-    uint8_t copy[MT_MAX_DATAGRAM];
-    if (c->copies)
-        memcpy(copy, payload, length); /* sealing is in place */
-    finish(c, p, b, packet, header, 1 + length, MT_SENT_ELICITING | MT_SENT_IN_FLIGHT, now);
-    if (c->copies)
-        write_copy(c, b, copy, length, root, now);
-    return true;
-}
-
-uint32_t mt_conn_seal(struct mt_conn *c, mt_time now)
-{
-    struct mt_path *p = c->active;
-    uint32_t before = c->engine->packet_count;
-    c->pace_at = MT_NEVER;
-    if (c->running && c->received.eliciting && c->received.at_once)
-        acknowledge(c, now);
-    if (!c->running || !c->lane || c->lane->held || !p->has_cid || c->events & MT_EVENT_ERROR)
-        return c->engine->packet_count - before;
-    renew_keys(c, now);
-    if (p->pacing > 0)
-        refill(p, now);
-    struct batch b = {.count = 0};
-    /* A packet and its copy: two places are left for them. */
-    while (b.count + 2 <= MT_KEYS_BATCH && seal_next(c, p, &b, now))
-        ;
-    protect(c, &b);
-    return c->engine->packet_count - before;
-}
-
-uint32_t mt_conn_seal_foreign(struct mt_conn *c, uint64_t number, const uint8_t *header,
-                              uint32_t header_size, uint32_t number_size, const uint8_t *payload,
-                              uint32_t payload_size, uint8_t *out)
-{
-    uint32_t cid = header_size - 1 - number_size;
-    out[0] = (uint8_t)((header[0] & 0xe0) | mt_keys_phase(c->keys) << 2 | (MT_NUMBER_SIZE - 1));
-    memcpy(out + 1, header + 1, cid);
-    mt_put32(out + 1 + cid, (uint32_t)number);
-    uint32_t size = 1 + cid + MT_NUMBER_SIZE;
-    memcpy(out + size, payload, payload_size);
-    mt_keys_seal(c->keys, number, out, size, payload_size);
-    struct batch b = {.count = 1, .packets = {out}, .number_at = {(uint8_t)(1 + cid)}};
-    protect(c, &b);
-    return size + payload_size + MT_TAG;
-}
-
 /* ---- time ---- */
 
 mt_time mt_conn_timer(const struct mt_conn *c)
@@ -677,7 +379,7 @@ mt_time mt_conn_timer(const struct mt_conn *c)
     if (!c->running)
         return MT_NEVER;
     mt_time at = recovery_timer(c);
-    if (c->received.eliciting && can_acknowledge(c)) {
+    if (c->received.eliciting && send_may_acknowledge(c)) {
         mt_time due = c->received.eliciting_since + (c->received.at_once ? 0 : c->ack_delay);
         if (due < at)
             at = due;
@@ -693,7 +395,7 @@ void mt_conn_on_timer(struct mt_conn *c, mt_time now)
         return;
     if (c->received.eliciting &&
         (c->received.at_once || now >= c->received.eliciting_since + c->ack_delay))
-        acknowledge(c, now);
+        send_acknowledge(c, now);
     recovery_on_timer(c, now);
     if (now >= c->forget_keys_at) {
         mt_keys_forget_previous(c->keys);

@@ -20,8 +20,29 @@ static void deliver_packet(struct mt_lane *l, uint8_t *packet, uint32_t length, 
         mt_engine_flush(e);
 }
 
-static bool deliver_part(struct mt_lane *l, const uint8_t *at, const uint8_t *end, mt_time now)
+/* A copy that left in parts: kind, root, and the whole datagram of a packet. */
+static bool deliver_whole_copy(struct mt_conn *c, uint64_t number, uint8_t *at, uint8_t *end)
 {
+    struct mt_lane *l = c->lane;
+    const uint8_t *p = at + 1;
+    uint64_t root;
+    l->counters.copies_received++;
+    if (!mt_get_varint(&p, end, &root) || root >= number || p == end || *p != KIND_PACKET)
+        return false;
+    if (mt_window_has(&c->delivered, root)) {
+        l->counters.copies_dropped++;
+        return true;
+    }
+    mt_window_add(&c->delivered, root);
+    at += p - at + 1;
+    deliver_packet(l, at, (uint32_t)(end - at), true);
+    return true;
+}
+
+static bool deliver_part(struct mt_conn *c, uint64_t number, const uint8_t *at, const uint8_t *end,
+                         mt_time now)
+{
+    struct mt_lane *l = c->lane;
     uint64_t identifier, offset;
     if (!mt_get_varint(&at, end, &identifier) || !mt_get_varint(&at, end, &offset) || at >= end)
         return false;
@@ -30,10 +51,12 @@ static bool deliver_part(struct mt_lane *l, const uint8_t *at, const uint8_t *en
         offset + (uint64_t)(end - at) > MT_MAX_IP)
         return false;
     uint32_t total;
-    const uint8_t *packet = mt_reassembler_add(l->reassembler, identifier, offset, last, at,
-                                               (uint32_t)(end - at), now, &total);
+    uint8_t *packet = (uint8_t *)mt_reassembler_add(l->reassembler, identifier, offset, last, at,
+                                                    (uint32_t)(end - at), now, &total);
+    if (packet && packet[0] == KIND_COPY)
+        return deliver_whole_copy(c, number, packet, packet + total);
     if (packet)
-        deliver_packet(l, (uint8_t *)packet, total, true);
+        deliver_packet(l, packet, total, true);
     return true;
 }
 
@@ -59,7 +82,7 @@ static bool deliver(struct mt_conn *c, uint64_t number, uint8_t *at, uint8_t *en
     if (*at == KIND_PACKET)
         deliver_packet(l, at + 1, (uint32_t)(end - at - 1), false);
     else if (*at == KIND_PART)
-        return deliver_part(l, at + 1, end, now);
+        return deliver_part(c, number, at + 1, end, now);
     else
         l->counters.unknown_kind++;
     return true;

@@ -133,6 +133,7 @@ struct mt_lane *mt_lane_new(struct mt_engine *e, int owner)
         return NULL;
     l->engine = e;
     l->owner = owner;
+    l->redundancy = (double)MT_REDUNDANCY / MT_SECOND;
     l->queue = mt_queue_new();
     l->reassembler = mt_reassembler_new();
     if (!l->queue || !l->reassembler) {
@@ -182,6 +183,12 @@ bool mt_lane_pending(const struct mt_lane *l)
     return !l->held && (l->split_length || !mt_queue_empty(l->queue));
 }
 
+void mt_lane_set_redundancy(struct mt_lane *l, double rate)
+{
+    l->redundancy = rate / MT_SECOND;
+    mt_queue_set_sparse(l->queue, rate);
+}
+
 void mt_conn_attach(struct mt_conn *c, struct mt_lane *lane)
 {
     mt_conn_detach(c);
@@ -196,7 +203,9 @@ void mt_conn_attach(struct mt_conn *c, struct mt_lane *lane)
 
 void mt_conn_detach(struct mt_conn *c)
 {
-    if (c->lane)
-        c->lane->conn = NULL;
+    if (!c->lane)
+        return;
+    c->lane->conn = NULL;
     c->lane = NULL;
+    replay_clear(c);
 }

@@ -25,6 +25,7 @@
 #include "reassembly.h"
 #include "received.h"
 #include "routes.h"
+#include "store.h"
 
 #define MT_CID 8            /* bytes of our own connection IDs */
 #define MT_MAX_CID 20       /* of the peer's (RFC 9000 section 17.2) */
@@ -35,6 +36,7 @@
 #define MT_OUTBOX_PACKETS 512
 #define MT_RECENT_LOST 64 /* numbers declared lost, to find out that they were only late */
 #define MT_NUMBER_SIZE 4 /* bytes of the packet numbers we send: any flight fits */
+#define MT_REDUNDANCY 32000 /* bytes of IP packets a second: 256 kbit/s go two ways by default */
 
 /* ---- paths ---- */
 
@@ -109,14 +111,24 @@ enum mt_sent_state { MT_UNTRACKED, MT_OUTSTANDING, MT_SETTLED };
 #define MT_SENT_ELICITING 2
 #define MT_SENT_IN_FLIGHT 4 /* counts toward the window */
 #define MT_SENT_LIMITED 8   /* left while there was nothing more to send */
+#define MT_SENT_KEPT 16     /* a datagram whose payload the store has, or had */
+#define MT_SENT_COPY 32     /* of another, its root */
+#define MT_SENT_SPARSE 64   /* of a flow that sends little */
+#define MT_SENT_DELIVERED 128 /* it, or a copy of it, was acknowledged */
+#define MT_SENT_REPLAY 256    /* is to be replayed */
+#define MT_SENT_REPLAYED 512  /* a copy: made by a replay; a root: such a copy came first */
 
 struct mt_sent {
     mt_time at, delivered_at, first_sent;
     uint64_t delivered;
+    uint64_t stored; /* of what is kept, its position in the store; of a copy, the root */
     uint32_t order;
     uint16_t size;
-    uint8_t path;
-    uint8_t state : 2, flags : 6;
+    uint16_t length; /* of a kept payload */
+    uint16_t flags;
+    uint8_t state;
+    uint8_t path;   /* where it left; it may be gone */
+    uint8_t copied; /* where the latest copy of it left, unless that was lost */
 };
 
 struct mt_numbers {
@@ -163,6 +175,10 @@ struct mt_conn_counters {
     uint64_t lost, spurious, ptos;
     uint64_t copies_sent, refused_opened;
     uint64_t window_blocked, pacing_blocked;
+    uint64_t redundant_packets, redundant_bytes; /* copies of what had just left, as sent */
+    uint64_t replayed;        /* datagrams sent once more */
+    uint64_t replay_needless; /* copies of replays beside which the datagram came another way */
+    uint64_t replay_given_up; /* too old, or no longer in the store */
 };
 
 struct mt_engine;
@@ -202,7 +218,8 @@ struct mt_conn {
     struct mt_path paths[MT_PATHS];
     struct mt_path *active;
     struct mt_path *peer_path; /* where the peer's newest moving packet came from */
-    struct mt_path *copies;    /* gets a copy of everything; NULL: none */
+    struct mt_path *copies;    /* gets copies of what leaves on the active one; NULL: none does */
+    bool copies_all;           /* of everything; otherwise of sparse flows, within a budget */
     uint64_t largest_moving;
     bool has_moving;
     mt_time heard_at;
@@ -212,6 +229,14 @@ struct mt_conn {
     mt_time patience; /* microseconds until a silent path is reported; 0: never */
     bool woken;
     mt_time pace_at;
+
+    struct mt_store store;
+    struct {
+        struct mt_path *onto;
+        uint32_t waiting[2]; /* of sparse flows, of others */
+        uint64_t from[2];    /* none of these has a lower number */
+        uint64_t oldest;     /* no lower number is in the store and wanted */
+    } replay;
 
     uint8_t host_cids[MT_HOST_CIDS][MT_CID];
     uint32_t host_cid_count;
@@ -240,8 +265,11 @@ struct mt_lane {
     struct mt_conn *conn;
     bool held;
     uint64_t split_id;
-    uint8_t *split; /* an IP packet that leaves in parts */
+    uint8_t *split; /* an IP packet, or a copy of one with its root, that leaves in parts */
     uint32_t split_length, split_offset;
+    bool split_sparse, split_copy;
+    double redundancy, credit; /* bytes per microsecond, bytes */
+    mt_time credit_at;
     struct mt_lane_counters counters;
 };
 
@@ -291,8 +319,10 @@ void mt_lane_free(struct mt_lane *l);
 /* There is no path: queue, send nothing. */
 void mt_lane_hold(struct mt_lane *l);
 void mt_lane_recover(struct mt_lane *l, mt_time now);
-/* Whether something waits to be sent. */
+/* Whether an IP packet waits to be sent. */
 bool mt_lane_pending(const struct mt_lane *l);
+/* Bytes a second of sparse flows' packets that may go two ways; 0: none. */
+void mt_lane_set_redundancy(struct mt_lane *l, double rate);
 
 struct mt_conn *mt_conn_new(struct mt_engine *e); /* not running; NULL: no memory */
 void mt_conn_free(struct mt_conn *c);
@@ -300,7 +330,8 @@ void mt_conn_free(struct mt_conn *c);
 bool mt_conn_start(struct mt_conn *c, struct mt_keys *keys, mt_time now);
 /* Closing: nothing is sent or opened any more. Sealing for the owner still works. */
 void mt_conn_stop(struct mt_conn *c);
-/* Numbers start anew with a connection: what they named is forgotten, what waits is kept. */
+/* Numbers start anew with a connection: what they named is forgotten, what waits is kept. Nothing
+ * of one connection is replayed on another. */
 void mt_conn_attach(struct mt_conn *c, struct mt_lane *lane);
 void mt_conn_detach(struct mt_conn *c);
 bool mt_conn_set_host_cids(struct mt_conn *c, const uint8_t (*cids)[MT_CID], uint32_t count);
@@ -317,6 +348,14 @@ void mt_path_add_rtt(struct mt_path *p, double rtt, double ack_delay);
 void mt_conn_forgive(struct mt_conn *c, struct mt_path *p);
 /* Stop tracking everything sent on this path; the owner's packets there become lost. */
 void mt_conn_abandon(struct mt_conn *c, struct mt_path *p);
+/* Copies of what left on `from` within the last 2 s and is not known to have arrived are to leave on
+ * `onto`, but for what is on its way there already: the active path after a switch, or another one
+ * in a race, which moves nobody. Returns how many. All that still waits goes to `onto` from now on;
+ * an activation and the loss of a datagram of a path that was left turn it to the active path. */
+int mt_conn_replay(struct mt_conn *c, struct mt_path *from, struct mt_path *onto, mt_time now);
+uint32_t mt_conn_replays(const struct mt_conn *c); /* that wait */
+/* Whether mt_conn_seal() has something to send, if it may. */
+bool mt_conn_pending(const struct mt_conn *c);
 /* Microseconds, without back-off (RFC 9002 section 6.2.1). */
 double mt_path_probe_timeout(const struct mt_path *p, mt_time max_ack_delay);
 /* Bytes that may still go to an address that has not answered; UINT64_MAX: no limit. */

@@ -11,6 +11,13 @@
 #define MAX_PART 1160     /* bytes of a kind 2 payload: a copy of it fits any valid QUIC path */
 #define COPY_OVERHEAD 9   /* its kind, and a root of up to eight bytes */
 #define LARGE_PACKET 1200 /* bytes; every path carries this, larger ones may meet a black hole */
+#define NO_PATH 0xff /* in the place of a path's index */
+
+/* What is known of a packet, while nothing newer has taken its place in the ring. */
+static inline struct mt_sent *sent_entry(const struct mt_conn *c, uint64_t number)
+{
+    return &c->ring[number & (c->ring_size - 1)];
+}
 
 /* recovery.c */
 bool recovery_track(struct mt_conn *c, struct mt_path *p, uint64_t number, uint32_t size, int flags,
@@ -25,10 +32,31 @@ void recovery_on_timer(struct mt_conn *c, mt_time now);
 void recovery_drop_path(struct mt_conn *c, struct mt_path *p);
 mt_time recovery_pto_at(const struct mt_conn *c);
 
+/* replay.c */
+/* Room for the frame of a datagram, to be committed to c->store; grows it while what it would
+ * overwrite may still be asked for. NULL: no memory. */
+uint8_t *replay_reserve(struct mt_conn *c, uint32_t length, mt_time now);
+/* The next to be replayed, if any may still be; it is still waiting then. */
+bool replay_next(struct mt_conn *c, mt_time now, uint64_t *number);
+void replay_done(struct mt_conn *c, uint64_t number); /* it has left, or cannot leave there */
+void replay_handed_over(struct mt_conn *c, uint64_t number); /* others stand for it now */
+void replay_give_up(struct mt_conn *c, uint64_t number);
+/* A datagram or a copy was acknowledged, perhaps after it had been declared lost. */
+void replay_acked(struct mt_conn *c, struct mt_sent *s);
+void replay_lost(struct mt_conn *c, uint64_t number); /* the same: it was not, and is settled */
+/* Acknowledgements of lower numbers are of no interest. */
+uint64_t replay_floor(const struct mt_conn *c);
+void replay_overwritten(struct mt_conn *c, struct mt_sent *s); /* its place is needed */
+void replay_path_gone(struct mt_conn *c, const struct mt_path *p);
+void replay_clear(struct mt_conn *c);
+
 /* connection.c */
 void conn_fail(struct mt_conn *c, uint64_t code, uint64_t frame, const char *reason);
-uint8_t *outbox_room(struct mt_engine *e, uint32_t size);
-void outbox_add(struct mt_conn *c, struct mt_path *p, uint32_t size);
+void conn_renew_keys(struct mt_conn *c, mt_time now);
+
+/* send.c */
+bool send_may_acknowledge(const struct mt_conn *c);
+void send_acknowledge(struct mt_conn *c, mt_time now);
 
 /* deliver.c */
 void deliver_datagram(struct mt_conn *c, uint64_t number, uint8_t *payload, uint32_t length,

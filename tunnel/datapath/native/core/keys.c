@@ -202,10 +202,10 @@ static void make_nonce(uint8_t *nonce, const uint8_t *iv, uint64_t number)
 }
 
 static bool seal_with(const struct aead *a, uint64_t number, uint8_t *packet, uint32_t header,
-                      uint32_t payload)
+                      const uint8_t *text, uint32_t payload)
 {
     uint8_t nonce[IV];
-    uint8_t *text = packet + header, *tag = text + payload;
+    uint8_t *sealed = packet + header, *tag = sealed + payload;
     OSSL_PARAM get_tag[] = {
         OSSL_PARAM_construct_octet_string(OSSL_CIPHER_PARAM_AEAD_TAG, tag, MT_TAG),
         OSSL_PARAM_construct_end(),
@@ -214,7 +214,7 @@ static bool seal_with(const struct aead *a, uint64_t number, uint8_t *packet, ui
     make_nonce(nonce, a->iv, number);
     return EVP_EncryptInit_ex2(a->context, NULL, NULL, nonce, NULL) &&
            EVP_EncryptUpdate(a->context, NULL, &size, packet, (int)header) &&
-           EVP_EncryptUpdate(a->context, text, &size, text, (int)payload) &&
+           EVP_EncryptUpdate(a->context, sealed, &size, text, (int)payload) &&
            EVP_EncryptFinal_ex(a->context, tag, &size) &&
            EVP_CIPHER_CTX_get_params(a->context, get_tag);
 }
@@ -222,12 +222,18 @@ static bool seal_with(const struct aead *a, uint64_t number, uint8_t *packet, ui
 void mt_keys_seal(struct mt_keys *k, uint64_t number, uint8_t *packet, uint32_t header,
                   uint32_t payload)
 {
+    mt_keys_seal_from(k, number, packet, header, packet + header, payload);
+}
+
+void mt_keys_seal_from(struct mt_keys *k, uint64_t number, uint8_t *packet, uint32_t header,
+                       const uint8_t *text, uint32_t payload)
+{
     if (number < k->first_sealed)
         k->first_sealed = number;
     k->sealed++;
     /* It cannot fail with keys that are set. Should it fail all the same, nothing readable may
      * leave: the peer will not open zeros. */
-    if (!seal_with(&k->seal, number, packet, header, payload))
+    if (!seal_with(&k->seal, number, packet, header, text, payload))
         memset(packet + header, 0, (size_t)payload + MT_TAG);
 }
 

@@ -52,6 +52,9 @@ uint64_t mt_keys_failed(const struct mt_keys *k);   /* packets that did not open
  * MT_TAG bytes are appended. Header protection is separate. */
 void mt_keys_seal(struct mt_keys *k, uint64_t number, uint8_t *packet, uint32_t header,
                   uint32_t payload);
+/* The same with the payload's text elsewhere. */
+void mt_keys_seal_from(struct mt_keys *k, uint64_t number, uint8_t *packet, uint32_t header,
+                       const uint8_t *text, uint32_t payload);
 /* Header protection masks, 5 bytes each at masks + 16 * i, for samples at samples + 16 * i;
  * at most MT_KEYS_BATCH. `seal`: ours, otherwise the peer's. */
 void mt_keys_masks(struct mt_keys *k, bool seal, const uint8_t *samples, uint8_t *masks,

@@ -22,6 +22,11 @@
 #define DEFAULT_QUANTUM 1514
 #define LEAST_QUANTUM 600
 #define MOST_QUANTUM 65536
+/* Bytes a second that a sparse flow may send for good: typing, name service, a phone call. */
+#define SPARSE_RATE 32000.0
+/* Bytes by which it may be ahead of that: enough for a burst of small packets, while of a flow that
+ * sends full ones only the first three pass. */
+#define SPARSE_BURST 4096.0
 /* Packets of each flow that are kept whatever their age while there is no path. */
 #define NEWEST_PER_FLOW 2
 /* Packets younger than this survive an outage even beyond the newest of their flow. */
@@ -61,6 +66,8 @@ struct flow {
     uint32_t held;    /* the same with what was sent of the first packet */
     uint32_t revived; /* packets at the head that go before anything else after an outage */
     int32_t deficit;  /* RFC 8290 section 3.4: bytes it may send until its turn ends */
+    double ahead;     /* bytes sent beyond the rate of a sparse flow */
+    mt_time ahead_at;
     bool listed;
     /* RFC 8289 section 5.3. They outlive the backlog, for CoDel resumes where it was. */
     bool dropping;
@@ -78,7 +85,9 @@ struct mt_queue {
     struct list new_flows, old_flows; /* RFC 8290 section 3.3 */
     struct flow *due;                 /* its first segment was promised by a peek */
     uint32_t due_size;
-    bool due_mark;
+    bool due_mark, due_sparse;
+    uint64_t searched; /* no sparse flow waits with a packet up to this order */
+    double sparse_rate; /* bytes per microsecond */
     bool holding;
     uint32_t quantum;
     uint32_t packets;
@@ -500,6 +509,18 @@ static bool tell_sender(struct mt_queue *q, struct flow *f)
     return false;
 }
 
+/* Whether a flow that has a packet sends little. */
+static bool is_sparse(const struct mt_queue *q, struct flow *f, mt_time now)
+{
+    if (now > f->ahead_at) {
+        f->ahead -= q->sparse_rate * (double)(now - f->ahead_at);
+        if (f->ahead < 0)
+            f->ahead = 0;
+        f->ahead_at = now;
+    }
+    return f->ahead <= SPARSE_BURST && f->head->super.count == 1;
+}
+
 /* RFC 8289 section 5.5, deque(), up to the packet that it would return. False: the flow is empty. */
 static bool decide(struct mt_queue *q, struct flow *f, mt_time now)
 {
@@ -537,6 +558,7 @@ static bool decide(struct mt_queue *q, struct flow *f, mt_time now)
     }
     q->due_mark = marked;
     q->due_size = mt_super_size(&f->head->super, f->head->index);
+    q->due_sparse = is_sparse(q, f, now);
     return true;
 }
 
@@ -573,6 +595,37 @@ uint32_t mt_queue_peek(struct mt_queue *q, mt_time now)
     }
 }
 
+bool mt_queue_sparse(const struct mt_queue *q) { return q->due_sparse; }
+
+/* Drops what is stale of this flow; then whether its next packet is that of a sparse one. */
+static bool try_sparse(struct mt_queue *q, struct flow *f, mt_time now)
+{
+    if (!f->head || !is_sparse(q, f, now))
+        return false;
+    q->due = NULL;
+    if (!decide(q, f, now) || !q->due_sparse)
+        return false;
+    q->due = f;
+    return true;
+}
+
+uint32_t mt_queue_peek_sparse(struct mt_queue *q, mt_time now)
+{
+    if (q->holding)
+        return 0;
+    if (q->due && q->due_sparse && now - q->due->head->at <= STALE)
+        return q->due_size;
+    if (q->searched == q->order)
+        return 0;
+    const struct list *lists[] = {&q->new_flows, &q->old_flows};
+    for (int i = 0; i < 2; i++)
+        for (struct flow *f = lists[i]->head; f; f = f->next)
+            if (try_sparse(q, f, now))
+                return q->due_size;
+    q->searched = q->order;
+    return 0;
+}
+
 void mt_queue_take(struct mt_queue *q, uint8_t *out)
 {
     struct flow *f = q->due;
@@ -585,6 +638,7 @@ void mt_queue_take(struct mt_queue *q, uint8_t *out)
     }
     q->due = NULL;
     f->deficit -= (int32_t)q->due_size;
+    f->ahead += q->due_size;
     advance(q, f);
 }
 
@@ -653,6 +707,7 @@ void mt_queue_recover(struct mt_queue *q, mt_time now)
     size_t count = 0;
     q->holding = false;
     q->due = NULL;
+    q->searched = 0;
     q->new_flows = q->old_flows = (struct list){0};
     for (int i = 0; i < FLOWS; i++) {
         struct flow *f = &q->flows[i];
@@ -679,6 +734,7 @@ struct mt_queue *mt_queue_new(void)
     struct mt_queue *q = calloc(1, sizeof *q);
     if (q) {
         q->quantum = DEFAULT_QUANTUM;
+        q->sparse_rate = SPARSE_RATE / MT_SECOND;
         q->memory = sizeof *q;
     }
     return q;
@@ -721,3 +777,8 @@ void mt_queue_set_quantum(struct mt_queue *q, uint32_t bytes)
 }
 
 void mt_queue_set_seed(struct mt_queue *q, uint64_t seed) { q->seed = seed; }
+
+void mt_queue_set_sparse(struct mt_queue *q, double rate)
+{
+    q->sparse_rate = (rate > SPARSE_RATE ? rate : SPARSE_RATE) / MT_SECOND;
+}

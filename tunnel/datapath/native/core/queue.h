@@ -39,6 +39,15 @@ uint32_t mt_queue_peek(struct mt_queue *q, mt_time now);
 /* Writes that packet to `out` and takes it off the queue; only after a peek that was not 0. */
 void mt_queue_take(struct mt_queue *q, uint8_t *out);
 
+/* Whether it belongs to a flow that sends little: one whose packets, of one segment each, exceed the
+ * rate of such flows by no more than a few. Only after a peek that was not 0. */
+bool mt_queue_sparse(const struct mt_queue *q);
+/* As mt_queue_peek(), but only for a packet of such a flow, which need not be due: what was promised
+ * before must wait. */
+uint32_t mt_queue_peek_sparse(struct mt_queue *q, mt_time now);
+/* That rate, bytes a second; less than the default counts as that. */
+void mt_queue_set_sparse(struct mt_queue *q, double rate);
+
 bool mt_queue_empty(const struct mt_queue *q);
 uint64_t mt_queue_bytes(const struct mt_queue *q);   /* waiting, super-packets' headers once */
 uint32_t mt_queue_packets(const struct mt_queue *q); /* super-packets waiting */

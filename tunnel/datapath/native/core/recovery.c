@@ -18,11 +18,6 @@
 #define SAMPLE_SPACING_MIN 500  /* microseconds between two looks of the controller: it costs */
 #define SAMPLE_SPACING_MAX 2000 /* some 15 us each, and gains nothing from more than this */
 
-static struct mt_sent *entry(const struct mt_conn *c, uint64_t number)
-{
-    return &c->ring[number & (c->ring_size - 1)];
-}
-
 static bool numbers_add(struct mt_numbers *list, uint64_t number)
 {
     if (list->count == list->capacity) {
@@ -50,7 +45,7 @@ static bool grow(struct mt_conn *c)
     /* The settled ones too: a late acknowledgement asks which path they were on. */
     uint64_t first = c->number > c->ring_size ? c->number - c->ring_size : 0;
     for (uint64_t n = first; c->ring && n < c->number; n++)
-        ring[n & (size - 1)] = *entry(c, n);
+        ring[n & (size - 1)] = *sent_entry(c, n);
     free(c->ring);
     c->ring = ring;
     c->ring_size = size;
@@ -69,7 +64,7 @@ static void settle(struct mt_sent *s, struct mt_path *p)
 /* Lost without blame: it says nothing about the path. */
 static void give_up(struct mt_conn *c, struct mt_path *p, uint64_t number)
 {
-    struct mt_sent *s = entry(c, number);
+    struct mt_sent *s = sent_entry(c, number);
     settle(s, p);
     if (!p->outstanding)
         p->waiting_since = MT_NEVER;
@@ -77,11 +72,12 @@ static void give_up(struct mt_conn *c, struct mt_path *p, uint64_t number)
         numbers_add(&c->lost, number);
         c->events |= MT_EVENT_SETTLED;
     }
+    replay_lost(c, number);
 }
 
 static void advance(struct mt_conn *c)
 {
-    while (c->settled < c->number && entry(c, c->settled)->state != MT_OUTSTANDING)
+    while (c->settled < c->number && sent_entry(c, c->settled)->state != MT_OUTSTANDING)
         c->settled++;
 }
 
@@ -96,7 +92,7 @@ bool recovery_has_room(struct mt_conn *c)
     /* A ring of packets later nobody waits for a probe of another path any more, which nothing
      * there will ever declare lost: it must not stop this one. */
     while (c->ring && c->settled < c->number && c->number - c->settled + 2 >= c->ring_size) {
-        struct mt_path *p = &c->paths[entry(c, c->settled)->path];
+        struct mt_path *p = &c->paths[sent_entry(c, c->settled)->path];
         if (p == c->active)
             return false;
         give_up(c, p, c->settled);
@@ -111,7 +107,10 @@ bool mt_conn_skip_to(struct mt_conn *c, uint64_t number)
         if (!recovery_has_room(c))
             return false;
         /* `settled` stays: an owner that counts first and reports then may still claim them. */
-        entry(c, c->number)->state = MT_UNTRACKED;
+        struct mt_sent *s = sent_entry(c, c->number);
+        replay_overwritten(c, s);
+        s->state = MT_UNTRACKED;
+        s->flags = 0;
         c->number++;
     }
     return true;
@@ -121,15 +120,14 @@ bool recovery_track(struct mt_conn *c, struct mt_path *p, uint64_t number, uint3
                     mt_time at)
 {
     if (number >= c->number) {
-        if (!mt_conn_skip_to(c, number) || !recovery_has_room(c))
+        if (!mt_conn_skip_to(c, number + 1))
             return false;
-        c->number = number + 1;
     } else if (number < c->settled) {
         if (c->number - number + 2 >= c->ring_size)
             return true; /* the caller settles its own past */
         c->settled = number; /* counted before, reported now; nothing between is outstanding */
     }
-    struct mt_sent *s = entry(c, number);
+    struct mt_sent *s = sent_entry(c, number);
     if (!(flags & (MT_SENT_ELICITING | MT_SENT_IN_FLIGHT | MT_SENT_FOREIGN))) {
         s->state = MT_UNTRACKED;
         if (c->settled == number)
@@ -141,7 +139,8 @@ bool recovery_track(struct mt_conn *c, struct mt_path *p, uint64_t number, uint3
     s->path = p->index;
     s->order = (uint32_t)p->order++;
     s->state = MT_OUTSTANDING;
-    s->flags = (uint8_t)flags & 0x3f;
+    s->flags = (uint16_t)flags;
+    s->copied = NO_PATH;
     if (p->scan > number || p->order == 1)
         p->scan = number;
     if (flags & MT_SENT_IN_FLIGHT) {
@@ -175,7 +174,7 @@ bool mt_conn_sent(struct mt_conn *c, struct mt_path *p, uint64_t number, uint32_
     if (flags & MT_SENT_IN_FLIGHT)
         p->tokens -= size;
     /* The owner sends now and then: where no data waits, its rate says nothing about the path. */
-    if (p != c->active || !c->lane || !mt_lane_pending(c->lane))
+    if (p != c->active || !mt_conn_pending(c))
         p->app_limited = p->delivered + (uint64_t)p->in_flight + size;
     return recovery_track(c, p, number, size, flags | MT_SENT_FOREIGN, at);
 }
@@ -191,7 +190,7 @@ void recovery_note_ack(struct mt_conn *c, uint64_t number)
 
 static void declare_lost(struct mt_conn *c, struct mt_path *p, uint64_t number)
 {
-    struct mt_sent *s = entry(c, number);
+    struct mt_sent *s = sent_entry(c, number);
     settle(s, p);
     if (s->flags & MT_SENT_FOREIGN) {
         numbers_add(&c->lost, number);
@@ -209,6 +208,7 @@ static void declare_lost(struct mt_conn *c, struct mt_path *p, uint64_t number)
     }
     if (!p->outstanding)
         p->waiting_since = MT_NEVER;
+    replay_lost(c, number);
 }
 
 /* Packets between this one and the newest acknowledged of its path; at most 0: it left before that
@@ -230,7 +230,7 @@ static void detect_loss(struct mt_conn *c, struct mt_path *p, mt_time now)
     uint64_t n = p->scan > c->settled ? p->scan : c->settled;
     bool contiguous = true;
     for (; n < c->number; n++) {
-        const struct mt_sent *s = entry(c, n);
+        const struct mt_sent *s = sent_entry(c, n);
         if (s->state != MT_OUTSTANDING || s->path != p->index)
             continue;
         int32_t ahead = ahead_of_acked(p, s);
@@ -307,10 +307,12 @@ struct progress {
 
 static void acknowledge(struct mt_conn *c, uint64_t low, uint64_t high, struct progress *progress)
 {
-    if (low < c->settled)
-        low = c->settled;
+    uint64_t floor = replay_floor(c);
+    if (low < floor)
+        low = floor;
     for (uint64_t n = low; n <= high && n < c->number; n++) {
-        struct mt_sent *s = entry(c, n);
+        struct mt_sent *s = sent_entry(c, n);
+        replay_acked(c, s);
         if (s->state != MT_OUTSTANDING)
             continue;
         struct mt_path *p = &c->paths[s->path];
@@ -351,7 +353,11 @@ static void find_spurious(struct mt_conn *c, uint64_t low, uint64_t high)
         /* The entry is still there as long as nothing newer took its place. */
         if (c->number - n >= c->ring_size)
             continue;
-        struct mt_path *p = &c->paths[entry(c, n)->path];
+        struct mt_sent *s = sent_entry(c, n);
+        replay_acked(c, s);
+        if (s->path == NO_PATH)
+            continue;
+        struct mt_path *p = &c->paths[s->path];
         p->threshold *= 2;
         if (p->threshold > MAX_PACKET_THRESHOLD)
             p->threshold = MAX_PACKET_THRESHOLD;
@@ -379,7 +385,7 @@ static void trim(struct mt_conn *c, uint64_t low, uint64_t high)
 static void on_progress(struct mt_conn *c, struct mt_path *p, const struct progress *progress,
                         struct mt_path *arriving, uint64_t largest, double delay, mt_time now)
 {
-    const struct mt_sent *newest = entry(c, progress->largest);
+    const struct mt_sent *newest = sent_entry(c, progress->largest);
     /* An acknowledgement that took another path back measures neither of the two. */
     bool measures = p == c->active || p == arriving;
     if (progress->largest == largest && progress->eliciting && measures)
@@ -427,7 +433,7 @@ int recovery_on_ack(struct mt_conn *c, struct mt_path *arriving, const uint8_t *
     uint64_t high = largest, low = largest - first;
     trim(c, low, high);
     for (uint32_t range = 0;; range++) {
-        if (high >= c->settled)
+        if (high >= replay_floor(c))
             acknowledge(c, low, high, progress);
         if (c->recent_lost_count && range < SPURIOUS_RANGES)
             find_spurious(c, low, high);
@@ -550,9 +556,9 @@ void recovery_on_timer(struct mt_conn *c, mt_time now)
 void mt_conn_forgive(struct mt_conn *c, struct mt_path *p)
 {
     for (uint64_t n = c->settled; n < c->number; n++) {
-        struct mt_sent *s = entry(c, n);
+        struct mt_sent *s = sent_entry(c, n);
         if (s->state == MT_OUTSTANDING && s->path == p->index && s->flags & MT_SENT_IN_FLIGHT) {
-            s->flags &= (uint8_t)~MT_SENT_IN_FLIGHT;
+            s->flags &= (uint16_t)~MT_SENT_IN_FLIGHT;
             p->in_flight -= s->size;
         }
     }
@@ -561,7 +567,7 @@ void mt_conn_forgive(struct mt_conn *c, struct mt_path *p)
 void mt_conn_abandon(struct mt_conn *c, struct mt_path *p)
 {
     for (uint64_t n = c->settled; n < c->number; n++) {
-        const struct mt_sent *s = entry(c, n);
+        const struct mt_sent *s = sent_entry(c, n);
         if (s->state == MT_OUTSTANDING && s->path == p->index)
             give_up(c, p, n);
     }

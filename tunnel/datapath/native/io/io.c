@@ -395,7 +395,7 @@ static void transmit(struct mt_io *io)
             continue;
         uint32_t bytes = 0;
         /* The clock anew each time: sealing a full outbox takes as long as some paths' RTT. */
-        while (mt_lane_pending(lane) && mt_conn_seal(conn, mt_io_now())) {
+        while (mt_conn_pending(conn) && mt_conn_seal(conn, mt_io_now())) {
             bytes += e->out_length;
             send_outbox(io);
             if (bytes >= SEAL_BYTES) {
