@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from tunnel.config import Endpoint
 from tunnel.ledger import Migration
-from tunnel.path.network import Address
+
+if TYPE_CHECKING:
+    from tunnel.path.network import Address
 
 
 @dataclass(frozen=True, slots=True)

@@ -395,13 +395,17 @@ def _credentials(session: Session) -> Credentials:
 
     def of(role: bytes) -> tuple[str, str]:
         material = session.connection.export(ICE_LABEL, role, 24)
-        # ice-char (RFC 8839 section 5.4) is the alphabet of plain base64.
-        return tuple(b64encode(part).decode().rstrip("=") for part in (material[:8], material[8:]))
+        return _ice_chars(material[:8]), _ice_chars(material[8:])
 
     mine, theirs = (
         (b"client", b"server") if session.connection.is_client else (b"server", b"client")
     )
     return Credentials(*of(mine), *of(theirs))
+
+
+def _ice_chars(data: bytes) -> str:
+    """The ice-char alphabet of RFC 8839 section 5.4 is that of base64."""
+    return b64encode(data).decode().rstrip("=")
 
 
 def _read(message: Candidates) -> list[Candidate]:

@@ -59,7 +59,7 @@ COUNTS_AFTER = 2.5
 """Seconds after a move when what it lost and replayed is counted: nothing older than 2 s is sent
 again."""
 TOLD_MEMORY = 5.0
-"""Seconds after a change of the kernel's routes in which what they prefer now is no mere measurement."""
+"""Seconds after a change of the kernel's routes in which what they prefer now counts as news."""
 QUIET = 3.0
 """Seconds without traffic after which a peer is idle, and its paths are asked less often."""
 
@@ -509,6 +509,12 @@ class Roaming:
     def _suspect(self, session: Session, trigger: Trigger, now: float) -> None:
         self.counters["suspicions"] += 1
         self._doubt(session, trigger, silent_since=self.waiting_since(session) or now, now=now)
+        active = session.connection.active
+        if self._suspicion is not None and (
+            trigger is Trigger.SEND_FAILED or active.metrics.last_progress_at < active.used_at
+        ):
+            # It refuses, or never worked since we are on it: whoever answers first is better.
+            self._suspicion.verdict_at = now
         session.connection.nudge()
         session.connection.race(now)
 
@@ -527,9 +533,6 @@ class Roaming:
             verdict_at=now + patience * (1.0 if certain else SECOND_LOOK),
             look_again_at=None if certain else now + patience / 2,
         )
-        if trigger is Trigger.SEND_FAILED or active.metrics.last_progress_at < active.used_at:
-            # It refuses, or never worked at all: whoever answers first is better.
-            self._suspicion.verdict_at = now
         self._wish = None
         self._reask_interval = REASK_INTERVAL
         self._ask_all(now)

@@ -148,7 +148,7 @@ class Net:
         link.forget()
         link.next_port += 7
         if not link.symmetric and not link.forwarded:
-            link.mappings[None] = Mapping(link.next_port, self.now)
+            link.mappings[(PORT, None)] = Mapping(link.next_port, self.now)
 
     def _refresh(self) -> None:
         for end in self.ends:

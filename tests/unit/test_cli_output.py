@@ -73,12 +73,12 @@ def test_history() -> None:
     record = {
         "wall_time": 1_700_000_000.25, "peer": "office", "trigger": "rebinding", "from_path": "a>b",
         "to_path": "a>c", "detect_ms": 0.5, "switch_ms": 1.25, "confirm_ms": None, "lost": 0,
-        "replayed": 12,
+        "replayed": 12, "duplicates": 3,
     }  # fmt: skip
     head, line = printed(output.history([record]))
     assert head.split()[:3] == ["WHEN", "PEER", "WHY"]
     columns = ["office", "rebinding", "a>b", "a>c", "0.5", "ms", "1.2", "ms", "-"]
-    assert line.split()[2:] == columns, "and no counts of what nothing counts yet"
+    assert line.split()[2:] == [*columns, "0", "12", "3"]
     assert ".250" in line
     assert printed(output.history([])) == ["no migration yet"]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from ipaddress import ip_network
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -129,8 +130,8 @@ def test_candidates_are_possible_unique_and_limited(
 # the order of checked paths
 
 
-def facts(local: LocalAddress = ETH, remote: Address = A, **more: object) -> Facts:
-    return Facts(path(local, remote), **{"warm": True, "rtt": 0.02, **more})  # type: ignore[arg-type]
+def facts(local: LocalAddress = ETH, **more: Any) -> Facts:
+    return Facts(path(local, A), **{"warm": True, "rtt": 0.02, **more})
 
 
 @pytest.mark.parametrize(
@@ -144,14 +145,14 @@ def facts(local: LocalAddress = ETH, remote: Address = A, **more: object) -> Fac
         ({"rtt": 0.03}, "round trip"),
     ],
 )
-def test_what_counts_and_in_what_order(worse: dict[str, object], words: str) -> None:
+def test_what_counts_and_in_what_order(worse: dict[str, Any], words: str) -> None:
     good, bad = facts(ETH), facts(WLAN, **worse)
     assert order([bad, good]) == [good, bad]
     assert words in why_before(good, bad)
 
 
 def test_each_criterion_counts_more_than_all_behind_it() -> None:
-    names: list[tuple[str, object]] = [
+    names: list[tuple[str, Any]] = [
         ("warm", False), ("failed", True), ("relayed", True), ("metered", True), ("rank", 1),
     ]  # fmt: skip
     for place, (name, value) in enumerate(names):
@@ -183,7 +184,7 @@ def test_each_criterion_counts_more_than_all_behind_it() -> None:
     ],
 )
 def test_a_living_path_is_left_for_a_clearly_better_one_only(
-    challenger: dict[str, object], active: dict[str, object], moves: bool
+    challenger: dict[str, Any], active: dict[str, Any], moves: bool
 ) -> None:
     assert (clearly_better(facts(WLAN, **challenger), facts(ETH, **active)) is not None) == moves
 

@@ -9,8 +9,8 @@ UNMEASURED_ROUND_TRIPS = 3
 UNMEASURED_FLOOR = 0.05
 """Seconds, and round trips of the path before, to wait on a path that was never measured."""
 MANY_UNANSWERED = 6
-"""Packets outstanding at the moment of suspicion from which on it is no accident: at 2% of losses on
-the way and back, six in a row happen once in 15,000 million."""
+"""Packets outstanding at the moment of suspicion from which on it is no accident: at 2% of losses
+there and back, six in a row happen once in 15,000 million."""
 SECOND_LOOK = 1.5
 """Deadlines that a suspect path gets where fewer are outstanding; it is asked again after half of
 one, so that it takes four lost packets to leave a living path."""

@@ -116,9 +116,7 @@ class PeerConnection(SendingConnection):
         if self._second is None or not self._take_cid(self._second):
             return
         self._second_gets_all = True
-        self._engine.replay(
-            self.active.metrics, self._second.metrics, now=now
-        )
+        self._engine.replay(self.active.metrics, self._second.metrics, now=now)
 
     def probe(self, key: PathKey, now: float) -> None:
         """Challenge a path without moving; `PathValidated` or `PathFailed` will tell."""

@@ -207,10 +207,8 @@ class UdpSockets:
             udp = self._sockets.get(path.local.host)
             if udp is None or udp.local != path.local:
                 udp = self._extra.get(path.local)
-            if udp is None:
-                code = errno.EADDRNOTAVAIL  # the address is gone, and its socket with it
-            else:
-                code = udp.send(path.remote, data)
+            # Without one, the address is gone, and its socket with it.
+            code = errno.EADDRNOTAVAIL if udp is None else udp.send(path.remote, data)
             if code in _QUEUE_FULL:
                 self.dropped += 1
             elif code:
