@@ -17,9 +17,11 @@ Cost: a check is 100 bytes with a ufrag of 16 characters, its answer 64 (IPv4) o
 ends ask, so a warm pair costs each of them, sent and received alike, in UDP payload:
 
 - idle: 240 x (100 + 64) = 39,360 bytes an hour (IPv6: 42,240),
-- busy: 164 bytes a second,
+- busy: 164 bytes a second (IPv6: 176),
 - at worst, whatever happens: 5 x (100 + 76) = 880 bytes a second on any one path, after a burst
   of 6.
+
+A pair that never answers costs 20 checks for its address, then one a minute: 6,000 bytes an hour.
 """
 
 from __future__ import annotations
@@ -211,8 +213,10 @@ class Agent:
             return
         self._list.transactions.close(transaction)
         self.counters["checks_answered"] += 1
+        known = pair.warm and pair.mapped == mapped
         self._list.answered(pair, mapped, asked_at, now)
-        self._refresh_own()
+        if not known:
+            self._refresh_own()
 
     def send_failed(self, path: PathKey, now: float) -> None:
         """The socket refused: true now, and maybe not for long."""

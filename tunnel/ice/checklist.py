@@ -15,6 +15,7 @@ from tunnel.ice.check import Transactions
 from tunnel.ice.events import AgentEvent, PairAnswered, PairDown, PairUp
 from tunnel.ice.pacing import Bucket
 from tunnel.ice.pair import (
+    BUSY_INTERVAL,
     CHECKS_PER_ADDRESS,
     DOWN_AFTER,
     RETRY_CHECKS,
@@ -172,7 +173,11 @@ class CheckList:
         for pair in sorted(self.pairs.values(), key=self.order):
             if pair.key in self._full_rate:
                 self.ask_now(pair, now)
-            elif pair.warm:
+            elif pair.warm or (
+                pair.state is PairState.CHECKING and now - (pair.asked_at or 0.0) >= BUSY_INTERVAL
+            ):
+                # Of those without an answer so far only the backed off, or suspicions in a row
+                # would spend all their checks.
                 later += 1
                 pair.ask_at = now + later * PACE
             elif pair.state is PairState.FAILED and (
@@ -253,7 +258,7 @@ class CheckList:
         self.transactions.expire(now)
         for pair in list(self.pairs.values()):
             due = self._due(pair)
-            if due is None or due > now or pair.key not in self.pairs:
+            if due is None or due > now or self.pairs.get(pair.key) is not pair:
                 continue
             if pair.state is PairState.FAILED:
                 pair.remote.refill(now, RETRY_REFILL)
