@@ -72,7 +72,7 @@ def answer(agent: Agent, sent: list[tuple[PathKey, bytes]], now: float) -> None:
 
 
 def ask(agent: Agent, now: float, path: PathKey = PATH, number: int = 0) -> bytes:
-    data = check.request(THEIRS, number.to_bytes(12), PRIORITY)
+    data = check.request(THEIRS, number.to_bytes(4) + bytes(8), PRIORITY)
     assert agent.receive(data, path, now)
     return data
 
@@ -230,6 +230,30 @@ def test_nothing_is_answered_into_the_tunnel(host: str) -> None:
     assert agent.datagrams_to_send(START) == []
 
 
+def test_a_recorded_question_cannot_drown_the_others() -> None:
+    agent, now = warm_agent(busy=True)
+    asked = [ask(agent, now, number=number) for number in range(3)]
+    assert len(agent.datagrams_to_send(now)) == 3
+    for number in range(3000):
+        now += 0.001
+        spoofed = PATH._replace(remote=Address("198.51.100.66", 1 + number))
+        assert agent.receive(asked[number % 3], spoofed if number % 2 else PATH, now)
+    to_elsewhere = [key for key, _ in agent.datagrams_to_send(now) if key != PATH]
+    assert 0 < len(to_elsewhere) <= 2 * 20  # a copy may be the genuine one: a few are answered
+    ask(agent, now, number=3)
+    assert [key for key, _ in agent.datagrams_to_send(now)] == [PATH]
+    assert len(agent.pairs()) <= MAX_REMOTES
+
+
+def test_a_forwarder_that_is_faster_does_not_take_the_pair_away() -> None:
+    agent = agent_with()
+    forwarded = PATH._replace(remote=Address("192.0.2.66", 66))
+    data = ask(agent, START, forwarded)
+    agent.datagrams_to_send(START)
+    assert agent.receive(data, PATH, START + 0.001)
+    assert [key for key, _ in agent.datagrams_to_send(START + 0.001)] == [PATH, PATH]
+
+
 def test_a_late_answer_still_proves() -> None:
     agent = agent_with(PEER)
     [(key, request)] = agent.datagrams_to_send(START)
@@ -313,6 +337,22 @@ def test_a_nat_rebinds_under_a_warm_pair() -> None:
     assert after.remote == net.a.uplinks[0].outside(Address(net.b.uplinks[0].ip, PORT), net.now)
     assert net.a.agent.candidates()[0] > generation  # and a knows what it looks like
     assert not any(isinstance(event, PairDown) for _, event in net.a.events)
+
+
+def test_a_seen_address_is_forgotten_when_it_fails_and_another_works() -> None:
+    agent, now = warm_agent(busy=True)
+    seen = PATH._replace(remote=Address("198.51.100.7", 7))
+    ask(agent, now, seen)
+    sent = agent.datagrams_to_send(now)
+    answer(agent, sent, now)
+    while now < START + 20:  # only the other answers
+        now += 0.005
+        agent.handle_timer(now)
+        answer(agent, [x for x in agent.datagrams_to_send(now) if x[0] == PATH], now)
+    assert [pair.key for pair in agent.pairs()] == [PATH]
+    assert [event for event in events(agent) if isinstance(event, PairDown)] == [
+        PairDown(seen, "3 checks unanswered")
+    ]
 
 
 # lists of candidates

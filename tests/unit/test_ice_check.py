@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tunnel.ice import check
-from tunnel.ice.check import Credentials, Transactions
+from tunnel.ice.check import Credentials, Freshness, Heard, Transactions
 from tunnel.path.network import Address, PathKey
 
 # 64 and 128 bits in hexadecimal.
@@ -202,3 +202,30 @@ def test_transactions() -> None:
     third = transactions.open(PATH, 9.0)
     transactions.forget(PATH)
     assert third not in transactions
+
+
+def test_copies_are_known() -> None:
+    heard = Heard()
+    elsewhere = PATH._replace(remote=Address("192.0.2.66", 66))
+
+    def judge(number: int, path: PathKey = PATH) -> Freshness:
+        return heard.judge(number.to_bytes(4) + bytes(8), path)
+
+    assert judge(5) is judge(4) is judge(3000) is Freshness.NEW  # in any order
+    assert judge(5) is judge(4) is Freshness.OLD
+    assert judge(5, elsewhere) is judge(5, elsewhere) is Freshness.COPY
+    assert judge(3000 - check.REPLAY_WINDOW) is Freshness.OLD
+    assert judge(3001 - check.REPLAY_WINDOW) is Freshness.NEW
+    for number in range(3001, 9000):
+        assert judge(number) is Freshness.NEW
+        assert judge(number) is Freshness.OLD
+    assert judge(5, elsewhere) is judge(3000) is Freshness.OLD
+
+
+def test_our_requests_count() -> None:
+    transactions = Transactions(random.Random(1).randbytes)
+    opened = [transactions.open(PATH, 1.0) for _ in range(3)]
+    transactions.clear()
+    opened.append(transactions.open(PATH, 2.0))
+    assert [int.from_bytes(transaction[:4]) for transaction in opened] == [0, 1, 2, 3]
+    assert len({transaction[4:] for transaction in opened}) == 4

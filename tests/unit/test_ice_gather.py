@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 
 from aioice import stun
 from hypothesis import given
@@ -143,6 +144,16 @@ def test_new_bases_and_gone_ones() -> None:
     assert made.mapped() == {}
     made.bases_changed(LocalNetwork(), bases_of([TWO]), NOW + 3)  # no route
     assert made.get_timer() is None
+
+
+def test_another_interface_with_the_address_is_another_base() -> None:
+    made = gatherer()
+    [(key, request)] = made.datagrams_to_send(NOW)
+    made.receive(answer(request, OUTSIDE), key, NOW)
+    moved = replace(ONE, interface="eth9")
+    made.bases_changed(local_network([moved]), bases_of([moved]), NOW + 1)
+    assert made.mapped() == {}
+    assert len(made.datagrams_to_send(NOW + 1)) == 1
 
 
 def test_servers_are_bounded_and_must_be_usable() -> None:

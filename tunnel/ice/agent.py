@@ -33,7 +33,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from tunnel.config import IPNetwork
 from tunnel.ice import check
 from tunnel.ice.candidate import Base, Candidate, Kind, priority, rank_in, usable_candidate
-from tunnel.ice.check import Credentials
+from tunnel.ice.check import Credentials, Freshness, Heard
 from tunnel.ice.checklist import CheckList
 from tunnel.ice.events import AgentEvent, CandidatesChanged, CheckReceived
 from tunnel.ice.own import OwnCandidates
@@ -43,7 +43,10 @@ from tunnel.ice.remote import Remotes
 from tunnel.path.network import Address, LocalNetwork, PathKey
 
 ANSWERS_PER_SECOND = 50.0
-"""Also the burst. Authentic questions can be replayed, from any address that an attacker likes."""
+"""Also the burst. More than two ends with many pairs ask when all is in doubt."""
+COPIES_PER_SECOND = 5.0
+"""Also the burst, of questions that came before from elsewhere: to answer the first alone would let
+a forwarder that is faster take the pair away, to answer all would lend it our voice."""
 
 
 class Agent:
@@ -68,7 +71,9 @@ class Agent:
         self._list = CheckList(
             self._remotes, rng=rng, send=self._send_check, emit=self._events.append
         )
+        self._heard = Heard()
         self._answers = Bucket(ANSWERS_PER_SECOND, ANSWERS_PER_SECOND)
+        self._copies = Bucket(COPIES_PER_SECOND, COPIES_PER_SECOND)
         self.counters = {
             "checks_sent": 0,
             "checks_answered": 0,
@@ -94,6 +99,8 @@ class Agent:
         Known pairs are asked at once. That they are not warm any more is not said by events; that
         the peer is to be told our candidates is.
         """
+        if credentials != self._credentials:
+            self._heard = Heard()
         self._credentials = credentials
         self._out.clear()
         self._remotes.new_session()
@@ -182,7 +189,10 @@ class Agent:
         if asked is None or not usable_candidate(path.remote, self._forbidden):
             self.counters["refused"] += 1
             return
-        if not self._answers.take(now):
+        transaction = check.transaction_id_of(data)
+        fresh = self._heard.judge(transaction, path)
+        bucket = self._answers if fresh is Freshness.NEW else self._copies
+        if fresh is Freshness.OLD or not bucket.take(now):
             return
         self.counters["checks_received"] += 1
         if path not in self._list.pairs and path.local in self._bases:
@@ -191,7 +201,6 @@ class Agent:
             self._list.rebuild(heard=path)
         pair = self._list.pairs.get(path)
         if pair is None or pair.answers.take(now):
-            transaction = check.transaction_id_of(data)
             self._send(path, check.response(credentials, transaction, path.remote))
         if pair is None:
             return

@@ -90,15 +90,21 @@ class CheckList:
 
     def rebuild(self, heard: PathKey | None = None) -> None:
         """Pair what there is now, the best 100: `heard` is a pair that the peer asks on."""
-        ranked: list[tuple[tuple[bool, bool, bool], LivePair]] = []
+        ranked: list[tuple[tuple[bool, ...], LivePair]] = []
         for remote in self._remotes:
             for base in self._bases.values():
                 if not self._has_route(base, remote.address):
                     continue
                 key = PathKey(base.address, remote.address)
                 pair = self.pairs.get(key) or LivePair(base, remote)
-                likely = pair.heard or key == heard
-                ranked.append(((key not in self.kept, not pair.warm, not likely), pair))
+                pair.remote = remote  # it may have been forgotten and learnt again
+                worth = (
+                    key not in self.kept,
+                    not pair.warm,
+                    not (pair.heard or key == heard),
+                    pair.state is PairState.FAILED,
+                )
+                ranked.append((worth, pair))
         ranked.sort(key=lambda entry: (entry[0], entry[1].order))
         wanted = {pair.key: pair for _, pair in ranked[:MAX_PAIRS]}
         for key, pair in list(self.pairs.items()):
