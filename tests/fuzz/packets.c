@@ -23,6 +23,32 @@ static struct mt_path *some_path(struct input *in)
 
 /* ---- what must hold always ---- */
 
+/* What is to be replayed is counted, and found by the cursors. */
+static void check_replays(void)
+{
+    uint32_t waiting[2] = {0};
+    uint64_t first = c->number > c->ring_size ? c->number - c->ring_size : 0;
+    for (uint64_t n = first; n < c->number; n++) {
+        const struct mt_sent *s = &c->ring[n & (c->ring_size - 1)];
+        int class = s->flags & MT_SENT_SPARSE ? 0 : 1;
+        CHECK(s->path == NO_PATH || s->path < MT_PATHS);
+        bool reachable = c->number - n < c->ring_size; /* the next packet takes its place */
+        CHECK(!(s->flags & MT_SENT_KEPT) || s->copied == NO_PATH || !reachable ||
+              c->paths[s->copied].used);
+        CHECK(!(s->flags & MT_SENT_COPY) || s->stored < n);
+        CHECK(!(s->flags & MT_SENT_KEPT) || s->stored < c->store.end);
+        if (!(s->flags & MT_SENT_REPLAY))
+            continue;
+        CHECK((s->flags & (MT_SENT_KEPT | MT_SENT_DELIVERED)) == MT_SENT_KEPT);
+        CHECK(n >= c->replay.from[class]);
+        waiting[class]++;
+    }
+    CHECK(waiting[0] == c->replay.waiting[0] && waiting[1] == c->replay.waiting[1]);
+    CHECK(c->replay.onto->used);
+    CHECK(c->lane || (!c->store.bytes && !mt_conn_replays(c)));
+    CHECK(c->store.begin <= c->store.end && c->store.end - c->store.begin <= c->store.size);
+}
+
 static void check(void)
 {
     bool failed = c->events & MT_EVENT_ERROR;
@@ -49,6 +75,7 @@ static void check(void)
                               p->rtt_smoothed > 0 && p->rtt_variance >= 0));
         CHECK(p->threshold >= 3 && p->threshold <= 128 + 64);
     }
+    check_replays();
     CHECK(c->active->used && c->peer_path->used && (!c->copies || c->copies->used));
     uint32_t opened = 0;
     for (const struct mt_opened *o = c->opened; o; o = o->next)
@@ -283,7 +310,7 @@ static void hostile_packet(struct input *in)
     mt_conn_received(c, now);
 }
 
-static void replay(struct input *in)
+static void repeat(struct input *in)
 {
     if (!last_length)
         return;
@@ -300,7 +327,7 @@ static void step(struct input *in)
 {
     int op = byte(in);
     struct mt_path *p;
-    switch (op % 24) {
+    switch (op % 25) {
     case 0:
     case 1:
     case 2:
@@ -309,7 +336,7 @@ static void step(struct input *in)
         hostile_packet(in);
         break;
     case 5:
-        replay(in);
+        repeat(in);
         break;
     case 6:
     case 7:
@@ -384,7 +411,7 @@ static void step(struct input *in)
         p->window = (int64_t)word(in) * (op & 0x80 ? 100 : 1);
         p->pacing = byte(in) / 16.0;
         if (op & 0x40)
-            c->copies = some_path(in);
+            c->copies = some_path(in), c->copies_all = byte(in) & 1;
         if (op & 0x20)
             p->has_expected = true, memset(p->expected, 1, MT_CID);
         if (byte(in) == 1)
@@ -395,6 +422,13 @@ static void step(struct input *in)
     case 22:
         send_outbox();
         take_events();
+        break;
+    case 24:
+        p = some_path(in);
+        if (op & 0x80)
+            mt_lane_set_redundancy(lane, word(in));
+        else
+            mt_conn_replay(c, p, op & 0x40 ? some_path(in) : c->active, now);
         break;
     case 23: {
         uint32_t length, used;

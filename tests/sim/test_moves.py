@@ -522,7 +522,7 @@ def test_no_path_for_long_on_the_acceptor() -> None:
 @pytest.mark.parametrize(("loss", "limit"), [(0.05, 0.065), (0.2, 0.23)])
 def test_loss_and_reordering(loss: float, limit: float) -> None:
     """Loss is passed on as it is, never made worse, and no session falls for it."""
-    pair = running(3, warm=0.0)
+    pair = running(4, warm=0.0)
     world = pair.world
     world.loss, world.jitter = loss, 0.02
     at = world.now

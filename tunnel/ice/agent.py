@@ -17,9 +17,11 @@ Cost: a check is 100 bytes with a ufrag of 16 characters, its answer 64 (IPv4) o
 ends ask, so a warm pair costs each of them, sent and received alike, in UDP payload:
 
 - idle: 240 x (100 + 64) = 39,360 bytes an hour (IPv6: 42,240),
-- busy: 164 bytes a second,
+- busy: 164 bytes a second (IPv6: 176),
 - at worst, whatever happens: 5 x (100 + 76) = 880 bytes a second on any one path, after a burst
   of 6.
+
+A pair that never answers costs 20 checks for its address, then one a minute: 6,000 bytes an hour.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from tunnel.config import IPNetwork
 from tunnel.ice import check
 from tunnel.ice.candidate import Base, Candidate, Kind, priority, rank_in, usable_candidate
-from tunnel.ice.check import Credentials
+from tunnel.ice.check import Credentials, Freshness, Heard
 from tunnel.ice.checklist import CheckList
 from tunnel.ice.events import AgentEvent, CandidatesChanged, CheckReceived
 from tunnel.ice.own import OwnCandidates
@@ -41,7 +43,10 @@ from tunnel.ice.remote import Remotes
 from tunnel.path.network import Address, LocalNetwork, PathKey
 
 ANSWERS_PER_SECOND = 50.0
-"""Also the burst. Authentic questions can be replayed, from any address that an attacker likes."""
+"""Also the burst. More than two ends with many pairs ask when all is in doubt."""
+COPIES_PER_SECOND = 5.0
+"""Also the burst, of questions that came before from elsewhere: to answer the first alone would let
+a forwarder that is faster take the pair away, to answer all would lend it our voice."""
 
 
 class Agent:
@@ -66,7 +71,9 @@ class Agent:
         self._list = CheckList(
             self._remotes, rng=rng, send=self._send_check, emit=self._events.append
         )
+        self._heard = Heard()
         self._answers = Bucket(ANSWERS_PER_SECOND, ANSWERS_PER_SECOND)
+        self._copies = Bucket(COPIES_PER_SECOND, COPIES_PER_SECOND)
         self.counters = {
             "checks_sent": 0,
             "checks_answered": 0,
@@ -92,6 +99,8 @@ class Agent:
         Known pairs are asked at once. That they are not warm any more is not said by events; that
         the peer is to be told our candidates is.
         """
+        if credentials != self._credentials:
+            self._heard = Heard()
         self._credentials = credentials
         self._out.clear()
         self._remotes.new_session()
@@ -180,7 +189,10 @@ class Agent:
         if asked is None or not usable_candidate(path.remote, self._forbidden):
             self.counters["refused"] += 1
             return
-        if not self._answers.take(now):
+        transaction = check.transaction_id_of(data)
+        fresh = self._heard.judge(transaction, path)
+        bucket = self._answers if fresh is Freshness.NEW else self._copies
+        if fresh is Freshness.OLD or not bucket.take(now):
             return
         self.counters["checks_received"] += 1
         if path not in self._list.pairs and path.local in self._bases:
@@ -189,7 +201,6 @@ class Agent:
             self._list.rebuild(heard=path)
         pair = self._list.pairs.get(path)
         if pair is None or pair.answers.take(now):
-            transaction = check.transaction_id_of(data)
             self._send(path, check.response(credentials, transaction, path.remote))
         if pair is None:
             return
@@ -211,8 +222,10 @@ class Agent:
             return
         self._list.transactions.close(transaction)
         self.counters["checks_answered"] += 1
+        known = pair.warm and pair.mapped == mapped
         self._list.answered(pair, mapped, asked_at, now)
-        self._refresh_own()
+        if not known:
+            self._refresh_own()
 
     def send_failed(self, path: PathKey, now: float) -> None:
         """The socket refused: true now, and maybe not for long."""

@@ -12,7 +12,9 @@ authentic gets silence instead of the error responses of RFC 8489 section 9.1.3,
 strangers that somebody is here.
 
 Each transmission is a transaction of its own, not a repeated one: its round trip is then known
-exactly, however many were asked before.
+exactly, however many were asked before. The first 4 bytes of a transaction ID count the requests of
+its sender, the other 8 are random. An authentic request that somebody recorded is then known as old
+for as long as the session lives; else it could be replayed until nothing else is answered.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum
 
 from aioice import stun
 
@@ -29,6 +32,9 @@ ANSWER_LIFE = 5.0
 """Seconds an answer is waited for, long after its absence was acted on: late, it still proves the
 pair. No path that is worth anything is slower."""
 TRANSACTION_LENGTH = 12  # RFC 8489 section 5
+COUNTER_LENGTH = 4
+REPLAY_WINDOW = 1024
+"""Requests: ten seconds at the most that a peer may ask, an hour of a quiet session."""
 
 _HEADER = 20
 _COOKIE = struct.pack("!I", stun.COOKIE)
@@ -154,13 +160,16 @@ class Transactions:
     def __init__(self, draw: Callable[[int], bytes]) -> None:
         """`draw` makes random bytes: an answer off the path has to guess them."""
         self._draw = draw
+        self._count = 0
         self._asked: dict[bytes, tuple[PathKey, float]] = {}
 
     def __contains__(self, transaction: bytes) -> bool:
         return transaction in self._asked
 
     def open(self, path: PathKey, now: float) -> bytes:
-        transaction = self._draw(TRANSACTION_LENGTH)
+        transaction = self._count.to_bytes(COUNTER_LENGTH)
+        transaction += self._draw(TRANSACTION_LENGTH - COUNTER_LENGTH)
+        self._count = (self._count + 1) % 2 ** (8 * COUNTER_LENGTH)
         self._asked[transaction] = (path, now)
         return transaction
 
@@ -183,7 +192,37 @@ class Transactions:
             del self._asked[transaction]
 
     def clear(self) -> None:
+        """The count goes on: the peer may not know yet that a session began."""
         self._asked.clear()
+
+
+class Freshness(Enum):
+    NEW = "new"
+    COPY = "copy"  # it came before on another pair: one of the two was forwarded by somebody
+    OLD = "old"  # it came before on this pair, or is too old to tell
+
+
+class Heard:
+    """The peer's latest requests, to know copies of them."""
+
+    def __init__(self) -> None:
+        self._newest = -1
+        self._paths: dict[int, PathKey] = {}
+
+    def judge(self, transaction: bytes, path: PathKey) -> Freshness:
+        """Of an authentic request; one that is new is remembered."""
+        number = int.from_bytes(transaction[:COUNTER_LENGTH])
+        first = self._paths.get(number)
+        if first is not None:
+            return Freshness.OLD if first == path else Freshness.COPY
+        if number <= self._newest - REPLAY_WINDOW:
+            return Freshness.OLD
+        self._paths[number] = path
+        self._newest = max(self._newest, number)
+        if len(self._paths) >= 2 * REPLAY_WINDOW:
+            oldest = self._newest - REPLAY_WINDOW
+            self._paths = {n: p for n, p in self._paths.items() if n > oldest}
+        return Freshness.NEW
 
 
 def _parse(data: bytes, message_class: stun.Class) -> stun.Message | None:

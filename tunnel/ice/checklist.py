@@ -15,6 +15,7 @@ from tunnel.ice.check import Transactions
 from tunnel.ice.events import AgentEvent, PairAnswered, PairDown, PairUp
 from tunnel.ice.pacing import Bucket
 from tunnel.ice.pair import (
+    BUSY_INTERVAL,
     CHECKS_PER_ADDRESS,
     DOWN_AFTER,
     RETRY_CHECKS,
@@ -89,15 +90,21 @@ class CheckList:
 
     def rebuild(self, heard: PathKey | None = None) -> None:
         """Pair what there is now, the best 100: `heard` is a pair that the peer asks on."""
-        ranked: list[tuple[tuple[bool, bool, bool], LivePair]] = []
+        ranked: list[tuple[tuple[bool, ...], LivePair]] = []
         for remote in self._remotes:
             for base in self._bases.values():
                 if not self._has_route(base, remote.address):
                     continue
                 key = PathKey(base.address, remote.address)
                 pair = self.pairs.get(key) or LivePair(base, remote)
-                likely = pair.heard or key == heard
-                ranked.append(((key not in self.kept, not pair.warm, not likely), pair))
+                pair.remote = remote  # it may have been forgotten and learnt again
+                worth = (
+                    key not in self.kept,
+                    not pair.warm,
+                    not (pair.heard or key == heard),
+                    pair.state is PairState.FAILED,
+                )
+                ranked.append((worth, pair))
         ranked.sort(key=lambda entry: (entry[0], entry[1].order))
         wanted = {pair.key: pair for _, pair in ranked[:MAX_PAIRS]}
         for key, pair in list(self.pairs.items()):
@@ -172,7 +179,11 @@ class CheckList:
         for pair in sorted(self.pairs.values(), key=self.order):
             if pair.key in self._full_rate:
                 self.ask_now(pair, now)
-            elif pair.warm:
+            elif pair.warm or (
+                pair.state is PairState.CHECKING and now - (pair.asked_at or 0.0) >= BUSY_INTERVAL
+            ):
+                # Of those without an answer so far only the backed off, or suspicions in a row
+                # would spend all their checks.
                 later += 1
                 pair.ask_at = now + later * PACE
             elif pair.state is PairState.FAILED and (
@@ -253,7 +264,7 @@ class CheckList:
         self.transactions.expire(now)
         for pair in list(self.pairs.values()):
             due = self._due(pair)
-            if due is None or due > now or pair.key not in self.pairs:
+            if due is None or due > now or self.pairs.get(pair.key) is not pair:
                 continue
             if pair.state is PairState.FAILED:
                 pair.remote.refill(now, RETRY_REFILL)

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from tunnel.config import IPNetwork
-from tunnel.ice.candidate import Base, Candidate, Kind, usable_candidate
+from tunnel.ice.candidate import MAX_RANK, Base, Candidate, Kind, usable_candidate
 from tunnel.ice.pair import LivePair
 from tunnel.ice.remote import MAX_REMOTES
 from tunnel.path.network import Address
@@ -48,7 +48,8 @@ class OwnCandidates:
         pairs = [pair for pair in pairs if pair.mapped is not None]
         found: list[Candidate] = [Candidate(a, Kind.SRFLX, 0, False) for a in self._advertise]
         for base in sorted(bases, key=lambda base: (base.rank, base.address)):
-            found.append(Candidate(base.address, Kind.HOST, base.rank, base.metered))
+            rank = min(base.rank, MAX_RANK)
+            found.append(Candidate(base.address, Kind.HOST, rank, base.metered))
             mine = [pair for pair in pairs if pair.base is base]
             counted = Counter(
                 pair.mapped for pair in [p for p in mine if p.warm] or mine if pair.mapped
@@ -60,7 +61,7 @@ class OwnCandidates:
                 *often[:MAX_MAPPED],
             ):
                 if seen is not None:
-                    found.append(Candidate(seen, Kind.SRFLX, base.rank, base.metered))
+                    found.append(Candidate(seen, Kind.SRFLX, rank, base.metered))
         unique: dict[Address, Candidate] = {}
         for candidate in found:
             if usable_candidate(candidate.address, self._forbidden):

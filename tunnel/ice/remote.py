@@ -112,7 +112,8 @@ class Remotes:
             if not remote.named or remote.address in named:
                 continue
             remote.named = False
-            remote.kind = Kind.PRFLX
+            if not remote.configured:
+                remote.kind = Kind.PRFLX
             if remote.strength == 0 and remote.address not in standing.warm:
                 self.forget(remote.address)
         for candidate in named.values():

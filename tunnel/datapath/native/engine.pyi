@@ -213,9 +213,9 @@ class Connection:
     copies_all: bool
     """Of every datagram; otherwise of those of sparse flows, within the lane's budget."""
     def replay(self, path: Path, onto: Path | None = None, *, now: float) -> int:
-        """Send copies of what left on `path` within the last 2 s and is not known to have arrived on
-        another one, the active path if None; how many. They leave with the next packets, and all
-        that still waits from earlier calls leaves there too."""
+        """What left on `path` within the last 2 s and is not known to have arrived is to leave once
+        more, as copies, on `onto`, the active path if None; how many. Whatever still waits from
+        earlier calls leaves there too."""
     @property
     def pending_replay(self) -> int:
         """Datagrams that are to be replayed and have not been yet."""

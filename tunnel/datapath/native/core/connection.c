@@ -145,6 +145,7 @@ void mt_conn_activate(struct mt_conn *c, struct mt_path *p)
     if (c->active == p)
         return;
     c->active = c->replay.onto = p;
+    c->active_since = c->number;
     c->pto_count = 0;
     c->woken = false;
     c->pace_at = MT_NEVER;

@@ -79,10 +79,16 @@ static bool replayable(const struct mt_conn *c, const struct mt_sent *s, mt_time
     return now - s->at <= MAX_AGE && mt_store_get(&c->store, s->stored);
 }
 
+/* Whether it left on the path that is still in use, where a loss is the inner transport's business
+ * as in any other network. */
+static bool in_use(const struct mt_conn *c, uint64_t number) { return number >= c->active_since; }
+
 /* Whether it is on its way there already. */
-static bool under_way(const struct mt_sent *s, const struct mt_path *p)
+static bool under_way(const struct mt_conn *c, uint64_t number, const struct mt_path *p)
 {
-    return s->copied == p->index || (s->path == p->index && s->state == MT_OUTSTANDING);
+    const struct mt_sent *s = sent_entry(c, number);
+    return s->copied == p->index ||
+           (p == c->active && in_use(c, number) && s->state == MT_OUTSTANDING);
 }
 
 bool replay_next(struct mt_conn *c, mt_time now, uint64_t *number)
@@ -97,7 +103,7 @@ bool replay_next(struct mt_conn *c, mt_time now, uint64_t *number)
             struct mt_sent *s = sent_entry(c, *n);
             if (!(s->flags & MT_SENT_REPLAY) || class_of(s) != class)
                 continue;
-            if (under_way(s, c->replay.onto)) {
+            if (under_way(c, *n, c->replay.onto)) {
                 unschedule(c, s);
             } else if (!replayable(c, s, now)) {
                 give_up(c, s);
@@ -128,7 +134,7 @@ void replay_give_up(struct mt_conn *c, uint64_t number) { give_up(c, sent_entry(
 static bool consider(struct mt_conn *c, uint64_t number, const struct mt_path *onto, mt_time now)
 {
     struct mt_sent *s = sent_entry(c, number);
-    if (!undelivered(s) || under_way(s, onto))
+    if (!undelivered(s) || under_way(c, number, onto))
         return false;
     if (replayable(c, s, now)) {
         schedule(c, number);
@@ -148,11 +154,14 @@ int mt_conn_replay(struct mt_conn *c, struct mt_path *from, struct mt_path *onto
     c->replay.onto = onto;
     for (uint64_t n = oldest(c); n < c->number; n++) {
         const struct mt_sent *s = sent_entry(c, n);
+        struct mt_sent *root = s->flags & MT_SENT_COPY ? root_of(c, s) : NULL;
         if (s->path != from->index)
             continue;
+        if (root && root->copied == from->index)
+            root->copied = NO_PATH;
         if (s->flags & MT_SENT_KEPT)
             count += consider(c, n, onto, now);
-        else if (s->flags & MT_SENT_COPY && s->state == MT_OUTSTANDING && root_of(c, s))
+        else if (root && s->state == MT_OUTSTANDING)
             count += consider(c, s->stored, onto, now); /* replayed here, and this path went too */
     }
     return count;
@@ -222,9 +231,7 @@ void replay_lost(struct mt_conn *c, uint64_t number)
             root->copied = NO_PATH;
         number = s->stored;
     }
-    /* On the path in use a loss is the inner transport's business, as on any other network. */
-    if (!c->lane || !undelivered(root) || root->path == c->active->index ||
-        under_way(root, c->active))
+    if (!c->lane || !undelivered(root) || in_use(c, number) || under_way(c, number, c->active))
         return;
     c->replay.onto = c->active;
     schedule(c, number);

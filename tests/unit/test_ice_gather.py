@@ -1,0 +1,190 @@
+"""Server-reflexive addresses, against servers that answer, are silent, or lie."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import replace
+
+from aioice import stun
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.sim.world import PORT
+from tests.unit.ice_net import bases_of, local_network, uplink
+from tunnel.ice import check
+from tunnel.ice.gather import (
+    BUSY_INTERVAL,
+    INTERVAL,
+    MAX_SERVERS,
+    TRIES,
+    Gatherer,
+    MappedChanged,
+)
+from tunnel.path.network import Address, LocalNetwork, PathKey
+
+ONE, TWO = uplink("a", 1), uplink("a", 2)
+HERE, THERE = Address(ONE.ip, PORT), Address(TWO.ip, PORT)
+FIRST, SECOND = Address("192.0.2.53", 3478), Address("192.0.2.54", 3478)
+OUTSIDE = Address("203.0.113.1", 40000)
+NOW = 1000.0
+
+
+def answer(request: bytes, mapped: Address) -> bytes:
+    found = check.transaction_id_of(request)
+    return bytes(
+        stun.Message(
+            stun.Method.BINDING, stun.Class.RESPONSE, found, {"XOR-MAPPED-ADDRESS": tuple(mapped)}
+        )
+    )
+
+
+def gatherer(*servers: Address) -> Gatherer:
+    made = Gatherer(random.Random(1))
+    made.bases_changed(local_network([ONE]), bases_of([ONE]), NOW)
+    made.servers_resolved(servers or [FIRST], NOW)
+    return made
+
+
+def run(made: Gatherer, now: float, until: float) -> list[tuple[float, PathKey, bytes]]:
+    """Everything sent until then, by its timer alone."""
+    sent = [(now, key, data) for key, data in made.datagrams_to_send(now)]
+    while (timer := made.get_timer()) is not None and timer <= until:
+        now = max(now, timer)
+        made.handle_timer(now)
+        out = made.datagrams_to_send(now)
+        sent += [(now, key, data) for key, data in out]
+    return sent
+
+
+def events(made: Gatherer) -> int:
+    count = 0
+    while (event := made.next_event()) is not None:
+        assert event == MappedChanged()
+        count += 1
+    return count
+
+
+def test_asks_at_once_and_tells_what_changed() -> None:
+    made = gatherer()
+    [(key, request)] = made.datagrams_to_send(NOW)
+    assert key == PathKey(HERE, FIRST)
+    assert made.mapped() == {} and events(made) == 0
+    assert made.receive(answer(request, OUTSIDE), key, NOW + 0.02)
+    assert made.mapped() == {HERE: OUTSIDE} and events(made) == 1
+    assert not made.receive(answer(request, OUTSIDE), key, NOW + 0.03)  # again
+    assert made.get_timer() == NOW + INTERVAL
+    [(_, _, request)] = run(made, NOW + 1, NOW + INTERVAL)
+    made.receive(answer(request, OUTSIDE), key, NOW + INTERVAL)
+    assert events(made) == 0  # the same
+
+
+def test_only_the_answer_to_the_question() -> None:
+    made = gatherer()
+    [(key, request)] = made.datagrams_to_send(NOW)
+    good = answer(request, OUTSIDE)
+    forged = good[:8] + bytes(12) + good[20:]
+    assert not made.receive(forged, key, NOW)
+    assert not made.receive(good, PathKey(HERE, SECOND), NOW)
+    assert not made.receive(good, PathKey(THERE, FIRST), NOW)
+    assert not made.receive(good[:-1], key, NOW)
+    assert made.mapped() == {}
+    assert made.receive(good, key, NOW)
+
+
+def test_retransmissions_of_a_silent_server() -> None:
+    made = gatherer()
+    sent = run(made, NOW, NOW + 60)
+    # RFC 8489 section 6.2.1, its own example.
+    assert [round(at - NOW, 3) for at, _, _ in sent] == [0, 0.5, 1.5, 3.5, 7.5, 15.5, 31.5]
+    assert len({data for _, _, data in sent}) == 1
+    assert len(sent) == TRIES
+    assert made.get_timer() == NOW + INTERVAL
+
+
+def test_an_answer_that_nobody_repeats_is_given_up() -> None:
+    made = gatherer()
+    [(key, request)] = made.datagrams_to_send(NOW)
+    made.receive(answer(request, OUTSIDE), key, NOW)
+    assert made.mapped()
+    run(made, NOW, NOW + INTERVAL + 45)
+    assert made.mapped() == {}
+    assert events(made) == 2
+
+
+def test_busy_keeps_the_mapping_alive() -> None:
+    made = gatherer()
+    made.busy(True)
+    [(key, request)] = made.datagrams_to_send(NOW)
+    made.receive(answer(request, OUTSIDE), key, NOW)
+    assert made.get_timer() == NOW + BUSY_INTERVAL
+    made.busy(False)
+    assert made.get_timer() == NOW + INTERVAL
+    made.again(NOW + 1)
+    assert len(made.datagrams_to_send(NOW + 1)) == 1
+
+
+def test_servers_that_disagree() -> None:
+    made = gatherer(FIRST, SECOND)
+    sent = run(made, NOW, NOW + 0.1)
+    assert [key.remote for _, key, _ in sent] == [FIRST, SECOND]
+    made.receive(answer(sent[1][2], Address("203.0.113.1", 2)), sent[1][1], NOW + 0.1)
+    assert made.mapped() == {HERE: Address("203.0.113.1", 2)}
+    made.receive(answer(sent[0][2], OUTSIDE), sent[0][1], NOW + 0.2)
+    assert made.mapped() == {HERE: OUTSIDE}  # the first in the list
+
+
+def test_new_bases_and_gone_ones() -> None:
+    made = gatherer()
+    [(key, request)] = made.datagrams_to_send(NOW)
+    made.receive(answer(request, OUTSIDE), key, NOW)
+    made.bases_changed(local_network([ONE, TWO]), bases_of([ONE, TWO]), NOW + 1)
+    assert [key.local for key, _ in made.datagrams_to_send(NOW + 1)] == [THERE]
+    made.bases_changed(local_network([TWO]), bases_of([TWO]), NOW + 2)
+    assert made.mapped() == {}
+    made.bases_changed(LocalNetwork(), bases_of([TWO]), NOW + 3)  # no route
+    assert made.get_timer() is None
+
+
+def test_another_interface_with_the_address_is_another_base() -> None:
+    made = gatherer()
+    [(key, request)] = made.datagrams_to_send(NOW)
+    made.receive(answer(request, OUTSIDE), key, NOW)
+    moved = replace(ONE, interface="eth9")
+    made.bases_changed(local_network([moved]), bases_of([moved]), NOW + 1)
+    assert made.mapped() == {}
+    assert len(made.datagrams_to_send(NOW + 1)) == 1
+
+
+def test_servers_are_bounded_and_must_be_usable() -> None:
+    made = gatherer(Address("127.0.0.1", 1), *(Address(f"192.0.2.{i}", 1) for i in range(1, 20)))
+    assert len(run(made, NOW, NOW + 0.1)) == MAX_SERVERS
+
+
+def test_an_error_is_no_answer() -> None:
+    made = gatherer()
+    [(key, request)] = made.datagrams_to_send(NOW)
+    error = stun.Message(
+        stun.Method.BINDING,
+        stun.Class.ERROR,
+        check.transaction_id_of(request),
+        {"ERROR-CODE": (500, "busy")},
+    )
+    assert made.receive(bytes(error), key, NOW)
+    assert made.mapped() == {}
+    assert made.get_timer() == NOW + 0.5
+
+
+@given(st.binary(max_size=120), st.integers(0, 99))
+def test_fuzz(data: bytes, cut: int) -> None:
+    made = gatherer()
+    [(key, request)] = made.datagrams_to_send(NOW)
+    good = answer(request, OUTSIDE)
+    tries: list[Callable[[], bytes]] = [
+        lambda: data,
+        lambda: request[:20] + data,
+        lambda: good[:2] + len(data).to_bytes(2) + good[4:20] + data,
+        lambda: good[:cut],
+    ]
+    for make in tries:
+        made.receive(make(), key, NOW)
