@@ -3,8 +3,8 @@
 The device has the inner addresses of `cli.demo.pair`, and both ends listen at the port that the
 NATs forward. A dials B; B answers where A was last heard, and so does A: that is how WireGuard
 roams. Which uplink a host sends from is up to its routes: when an interface goes down, the kernel
-takes its default route away and the one with the next metric is there already, as it would be
-after a script that flips routes.
+takes its default route away and the one with the next metric is there already. A script has to
+tell it (`WireGuardPair.kick`).
 """
 
 from __future__ import annotations
@@ -76,6 +76,16 @@ class WireGuardPair(Pair):
             for family, inner in INNER[name].items()
         ]
         space.batch(f"link set dev {device} mtu {_MTU} up", *addresses)
+
+    def kick(self, name: HostName) -> None:
+        """What scripts around it do after a change of addresses or routes: set the endpoint that it
+        has again. It then forgets the source address that it keeps sending from, which it does not
+        by itself when the kernel says that the network is unreachable.
+        """
+        device = self.device(name)
+        endpoint = f"$(wg show {device} endpoints | cut -f2)"
+        peer = self._keys[_OTHER[name]][1]
+        self.space(name).run(["sh", "-c", f"wg set {device} peer {peer} endpoint {endpoint}"])
 
     def status(self, name: HostName) -> dict[str, Any]:
         """It has none."""

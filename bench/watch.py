@@ -58,14 +58,14 @@ class Kernel:
 
     def first(self, what: What, since: float) -> float | None:
         """When it was first announced after `since`."""
-        return next(
-            (one.time for one in self._seen if one.what == what and one.time >= since), None
-        )
+        return min(self._times(what, since), default=None)
 
     def last(self, what: What, since: float) -> float | None:
         """When it was last announced after `since`."""
-        times = [one.time for one in self._seen if one.what == what and one.time >= since]
-        return times[-1] if times else None
+        return max(self._times(what, since), default=None)
+
+    def _times(self, what: What, since: float) -> list[float]:
+        return [one.time for one in self._seen if one.what == what and one.time >= since]
 
     def close(self) -> None:
         """Listen no more."""
@@ -123,16 +123,14 @@ class Packets:
 
     def drain(self) -> list[Datagram]:
         """What passed since the last call, oldest first."""
-        seen = []
+        seen: list[Datagram] = []
         offset = time.time() - time.monotonic()
         while True:
             try:
                 data, extra, _, place = self._socket.recvmsg(256, 64)
             except OSError:
                 return seen
-            stamps = [
-                _TIMESPEC.unpack(value) for _, kind, value in extra if kind == _SO_TIMESTAMPNS
-            ]
+            stamps = [_TIMESPEC.unpack(x) for _, kind, x in extra if kind == _SO_TIMESTAMPNS]
             if stamps and (parsed := _parse(data)):
                 when = stamps[0][0] + stamps[0][1] / 1e9 - offset
                 seen.append(Datagram(when, place[0], place[2] == _PACKET_OUTGOING, *parsed))

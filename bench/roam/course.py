@@ -23,6 +23,7 @@ from cli.demo.nat import Kind
 from cli.demo.netns import CommandError
 from cli.demo.pair import PairError
 
+PROGRAMS = ("ip", "nft", "conntrack", "ss", "ssh", "dumpcap")
 _TRIES = 2  # beds in a row on which nothing could be measured
 Failures = (PairError, CommandError, RuntimeError, OSError)
 
@@ -146,9 +147,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: list[str]) -> int:
     """Run the matrix; 0 when every goal was met and no ssh session died."""
     options = _parser().parse_args(arguments)
-    if not ready(
-        "ip", "nft", "conntrack", "ss", "ssh", "dumpcap", *(["iperf3"] if options.load else [])
-    ):
+    if not ready(*PROGRAMS, *(["iperf3"] if options.load else [])):
         return 4 if os.geteuid() else 1
     against = options.rival
     if against and rival.missing():

@@ -7,6 +7,7 @@ import time
 from bench import acts
 from bench.acts import Act, Turn
 from bench.bed import HOSTS, Bed
+from bench.rival import WireGuardPair
 from bench.roam.runs import Cell, Run, Settings, Watched, ms
 from cli.demo.world import Happened
 
@@ -31,6 +32,9 @@ def event(bed: Bed, cell: Cell, settings: Settings) -> Run:
     watched = Watched(bed)
     turn = Turn.now(bed, cell.mover, cell.variant)
     happened = act(turn)
+    if isinstance(bed.pair, WireGuardPair) and cell.row != "rebind":
+        for host in turn.uplinks:
+            bed.pair.kick(host)
     run.recovered = bed.settle(happened.end)
     watched.end(run, cell.mover, happened.begin)
     run.event_ms = ms(happened.end - happened.begin)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from bench.bed import Mode
 from bench.figures import quantile
 
-RESOLUTION = 0.5  # ms; so late are the probes themselves when nothing happens
+RESOLUTION = 1.0  # ms; so late are the probes themselves when nothing happens
 _USUAL_RTT = 20.0  # ms
 
 

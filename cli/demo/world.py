@@ -134,10 +134,10 @@ class World:
     """Builds the topology of the module docstring; a context manager that removes it again.
 
     families: address families outside the tunnel. delay: seconds each way on each wire. nat66:
-    translate IPv6 too, at both hosts or at one of them. uplinks: how many uplinks A and B have at the start (`add_interface` adds
-    one). kinds: NAT kind by uplink name. nats: a factory by uplink name for NATs of another make,
-    called when their router stands without rules. source_rules: policy rules by source address,
-    as many multi-homed desktops have them.
+    translate IPv6 too, at both hosts or at one of them. uplinks: how many uplinks A and B have at
+    the start (`add_interface` adds one). kinds: NAT kind by uplink name. nats: a factory by uplink
+    name for NATs of another make, called when their router stands without rules. source_rules:
+    policy rules by source address, as many multi-homed desktops have them.
     """
 
     def __init__(
