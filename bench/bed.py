@@ -24,6 +24,7 @@ from typing import Any, Literal
 
 from bench.capture import CORE_INTERFACES, Capture
 from bench.rival import WireGuardPair
+from bench.stream import Stream
 from bench.watch import Kernel
 from cli.client import connect
 from cli.demo.nat import Kind
@@ -90,6 +91,7 @@ class Bed:
         self._shows_warm: bool | None = None  # None: not known yet
         self._stack = ExitStack()
         self._servers: dict[HostName, str] = {}
+        self.stream: Stream | None = None
 
     # ---- life ----
 
@@ -156,8 +158,10 @@ class Bed:
             inode = Path(f"/run/netns/{self.world.hosts[host].space.name}").stat().st_ino
             self._servers[host] = str(RUN_DIRECTORY / str(inode))
 
-    def up(self) -> None:
-        """Start the tunnel, the probes and the ssh session; PairError when that fails."""
+    def up(self, *, stream: float = 0.0) -> None:
+        """Start the tunnel, the probes, the ssh session and maybe a paced TCP stream of so many
+        Mbit/s; PairError when that fails.
+        """
         self.pair.up()
         a, b = self.world.a.space, self.world.b.space
         near, far = (INNER[host][self.network.inner] for host in HOSTS)
@@ -166,15 +170,28 @@ class Bed:
         self.session = Session(self.pair, family=self.network.inner, spacing=self._keystroke)
         self.session.start()
         self._stack.callback(self.session.stop)
+        if stream:
+            self.stream = Stream(a, b, far, self.directory, stream)
+            self._stack.callback(self.stream.stop)
         self.settle(time.monotonic())
 
     # ---- waiting ----
 
     def flowing(self, now: float) -> bool:
-        """Whether probes and echoes come at this moment."""
+        """Whether probes, echoes and the stream come at this moment."""
+        return not self.stuck(now)
+
+    def stuck(self, now: float) -> list[str]:
+        """Which of the flows do not."""
         late = max(_FLOWING, 3 * self._spacing) + self.network.rtt
         typing = max(_TYPING, 3 * self._keystroke) + self.network.rtt
-        return self.probe.flowing(now - late) and self.session.last_echo() > now - typing
+        flows = {
+            "UDP": self.probe.flowing(now - late),
+            "ssh": not self.session.closed() and self.session.last_echo() > now - typing,
+            "TCP": self.stream is None
+            or (not self.stream.closed() and self.stream.last() > now - _TYPING),
+        }
+        return [name for name, flows_ in flows.items() if not flows_]
 
     def settle(self, since: float, patience: float = 8.0, steady: float = STEADY) -> bool:
         """Wait until all has flowed steadily for a while after `since`; False when patience
