@@ -45,7 +45,7 @@ _STREAM = 5.0  # Mbit/s
 _RING = 200_000_000  # bytes of capture
 _WRITE = 20  # drills between two writes of the results
 _TRIES = 3  # beds in a row that do not come up
-_RARE = 300  # metric of the less wanted uplink
+_STEP = 100  # between the metrics of two uplinks
 _MOVERS: tuple[Mover, ...] = ("A", "B", "both")
 
 
@@ -99,10 +99,12 @@ def _all(act: acts.OnHost, turn: Turn) -> None:
 
 
 def _swap_metrics(turn: Turn) -> None:
-    """The uplink in use becomes the less wanted one."""
-    for host, index in turn.uplinks.items():
-        set_metric(turn.bed.world, host, index, _RARE)
-        set_metric(turn.bed.world, host, 1 - index, _RARE - 200)
+    """The uplink that the routes prefer becomes the less wanted one. No two routes may have one
+    metric: setting the second would replace the first.
+    """
+    for host in turn.uplinks:
+        better, other = sorted(turn.bed.world.hosts[host].uplinks, key=lambda one: one.metric)
+        set_metric(turn.bed.world, host, better.index, other.metric + _STEP)
 
 
 EVENTS: dict[str, Event] = {
@@ -261,6 +263,8 @@ def main(arguments: list[str]) -> int:
 
     try:
         _course(options, seed, done, write)
+    except KeyboardInterrupt:
+        note("interrupted")
     finally:
         write()
         found = summary(done)

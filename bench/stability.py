@@ -133,6 +133,9 @@ def main(arguments: list[str]) -> int:
                 except Failures as error:
                     failed.append(f"{mode}, {traffic}: {error}")
                     note(f"  {error}")
+    except KeyboardInterrupt:
+        note("interrupted")
+        failed.append("interrupted")
     finally:
         print(table(found))
         options.out.parent.mkdir(parents=True, exist_ok=True)
