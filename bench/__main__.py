@@ -1,5 +1,5 @@
-"""`python -m bench NAME [...]`: every measurement is a module here with `main(arguments) -> exit
-code`.
+"""`python -m bench NAME [...]`: every measurement is a module or package here with
+`main(arguments) -> exit code`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ MEASUREMENTS = {
     "queue": ("standing_queue", "keystrokes beside an upload that fills a slow link"),
     "profile": ("hotspots", "where the tunnel's CPU time goes (perf)"),
     "roam": ("roam", "how long traffic is silent when an end moves"),
+    "stability": ("stability", "moves that nobody needs, on a path that loses and jitters"),
+    "drills": ("drills", "random events, one after the other; does everything flow again?"),
 }
 
 

@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -72,7 +73,7 @@ class ControlServer:
 
 class ControlClient:
     """The calling end; connects at once, waiting up to `timeout` seconds for the server to
-    appear.
+    appear. Threads may share it.
     """
 
     def __init__(self, path: Path, timeout: float = 10.0) -> None:
@@ -89,12 +90,14 @@ class ControlClient:
                 time.sleep(0.005)
         self._socket.settimeout(timeout)
         self._reader = self._socket.makefile("rb")
+        self._one_at_a_time = threading.Lock()
 
     def call(self, **request: Any) -> dict[str, Any]:
         """Send one request and return its answer; ControlError when it was refused."""
         try:
-            self._socket.sendall(json.dumps(request).encode() + b"\n")
-            line = self._reader.readline()
+            with self._one_at_a_time:
+                self._socket.sendall(json.dumps(request).encode() + b"\n")
+                line = self._reader.readline()
         except OSError as error:
             raise ControlError(f"control socket: {error}") from error
         answer: dict[str, Any] = json.loads(line) if line else {"error": "the process has ended"}

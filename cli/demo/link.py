@@ -7,9 +7,11 @@
 interfaces through packet sockets. Each wire has its own settings for each way, changed at run
 time over the control socket:
 
-    {"wire": "A0", "delay": 0.005, "loss": 0.01}                both ways {"wire": "A0", "way":
-    "up", "blackhole": true}              only left to right {}
-    change nothing; every answer has the counters
+    {"wire": "A0", "delay": 0.005, "loss": 0.01}          both ways
+    {"wire": "A0", "way": "up", "blackhole": true}        only left to right
+    {}                                                    change nothing
+
+Every answer has the settings and counters of all wires.
 
 Segmentation and checksum offload must be off on all ends (`Namespace.offloads_off`). `select` is
 used for its microsecond timeout: Python's `epoll` rounds up to whole milliseconds.
@@ -51,6 +53,7 @@ class Way:
 
     delay: float = 0.0  # seconds
     jitter: float = 0.0  # seconds, uniform, added to the delay; may reorder
+    ordered: bool = False  # as a queue: nothing is due before what came before it
     loss: float = 0.0  # probability
     duplicate: float = 0.0  # probability
     reorder: float = 0.0  # probability that a frame overtakes the delay altogether
@@ -77,6 +80,7 @@ class Wires:
         self._rng = rng
         self._inputs: dict[int, tuple[socket.socket, socket.socket, Way]] = {}
         self._busy_until: dict[int, float] = {}
+        self._newest_due: dict[int, float] = {}
         self._flight: list[tuple[float, int, socket.socket, bytes]] = []
         self._count = 0
 
@@ -119,6 +123,8 @@ class Wires:
             due += way.delay
         if way.jitter:
             due += self._rng.random() * way.jitter
+        if way.ordered:
+            due = self._newest_due[fd] = max(due, self._newest_due.get(fd, 0.0))
         way.frames += 1
         way.octets += len(frame)
         copies = 2 if way.duplicate and self._rng.random() < way.duplicate else 1

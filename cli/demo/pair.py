@@ -45,13 +45,14 @@ def find_sshd() -> str | None:
 @dataclass
 class Pair:
     """The tunnel between A and B of a world. `environment` is added to that of both tunnels
-    (QLOGDIR and so on).
+    (QLOGDIR and so on), `settings` to both configurations.
     """
 
     world: World
     directory: Path
     environment: Mapping[str, str] = field(default_factory=dict)
     martlet: Sequence[str] = MARTLET
+    settings: str = ""
     processes: dict[HostName, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     def prepare(self) -> None:
@@ -80,6 +81,7 @@ class Pair:
             ]
             if endpoints:
                 lines.append(f"endpoint = {json.dumps(endpoints)}")
+            lines += ["", self.settings]
             self.config(name).write_text("\n".join(lines) + "\n")
 
     def key(self, name: HostName) -> Path:
@@ -263,9 +265,9 @@ PidFile none
             argv += ["-o", f"{name}={value}"]
         return [*argv, f"root@{address}", "stty raw -echo; exec cat"]
 
-    def trace(self) -> Trace:
-        """What was typed and echoed so far."""
-        return Trace.read(self._trace)
+    def trace(self, since: float = 0.0) -> Trace:
+        """What was typed and echoed so far, or from about `since` on."""
+        return Trace.read(self._trace, since)
 
     def last_echo(self) -> float:
         """When the newest echo came, time.monotonic(); 0 when none has."""
@@ -273,7 +275,7 @@ PidFile none
 
     def report(self, begin: float, end: float) -> Report:
         """What the session felt in a window; gaps are beyond the typing interval."""
-        trace = self.trace()
+        trace = self.trace(begin - 1.0)
         return report(trace.sent, trace.arrivals, self.spacing, begin, end)
 
     def closed(self) -> bool:

@@ -119,9 +119,9 @@ class Probe:
             for (space, bind, peer), path in zip(ends, self._paths, strict=True)
         ]
 
-    def traces(self) -> tuple[Trace, Trace]:
-        """What A and B have recorded so far."""
-        return Trace.read(self._paths[0]), Trace.read(self._paths[1])
+    def traces(self, since: float = 0.0) -> tuple[Trace, Trace]:
+        """What A and B have recorded so far, or from about `since` on."""
+        return Trace.read(self._paths[0], since), Trace.read(self._paths[1], since)
 
     def report(self, begin: float, end: float) -> dict[str, Report]:
         """Reports of a window by direction, "a_to_b" and "b_to_a"."""

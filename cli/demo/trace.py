@@ -70,11 +70,15 @@ class Trace:
     ended: tuple[int, float] | None = None
 
     @classmethod
-    def read(cls, path: Path) -> Trace:
-        """Read a trace file, which may still be growing; empty when it is not there yet."""
+    def read(cls, path: Path, since: float = 0.0) -> Trace:
+        """Read a trace file, which may still be growing; empty when it is not there yet. With
+        `since`, only what was recorded from about that time on.
+        """
         trace = cls([], [])
         try:
-            data = path.read_bytes()
+            with path.open("rb") as file:
+                file.seek(_first_since(file, since) * _RECORD.size)
+                data = file.read()
         except FileNotFoundError:
             return trace
         whole = len(data) - len(data) % _RECORD.size
@@ -86,6 +90,20 @@ class Trace:
             else:
                 trace.ended = (number, first)
         return trace
+
+
+def _first_since(file: BinaryIO, since: float) -> int:
+    """Number of the first record of `since` or later: records are in the order of their times."""
+    low, high = 0, file.seek(0, SEEK_END) // _RECORD.size
+    while since and low < high:
+        middle = (low + high) // 2
+        file.seek(middle * _RECORD.size)
+        kind, _, first, second = _RECORD.unpack(file.read(_RECORD.size))
+        if (second if kind == _ARRIVED else first) < since:
+            low = middle + 1
+        else:
+            high = middle
+    return low
 
 
 def last_arrival(path: Path) -> float | None:

@@ -17,7 +17,7 @@ default routes have metric 100 (u0) and 200 (u1). The gateway of a lan is .1 (::
 starts at .2 (::2).
 
 Every event is a method of `World`, returns when it has happened, and gives the monotonic times of
-its begin and end.
+its begin and end. `cli.demo.events` has those that are made of several.
 """
 
 from __future__ import annotations
@@ -67,6 +67,10 @@ class Uplink:
     cores: dict[int, str]  # family -> the core's address on the wire
     nat: Nat = field(init=False)
     number: int = _FIRST_HOST
+    metric: int = 0  # of its default route; 0: by its number
+
+    def __post_init__(self) -> None:
+        self.metric = self.metric or 100 * (self.index + 1)
 
     @property
     def name(self) -> str:
@@ -77,11 +81,6 @@ class Uplink:
     def interface(self) -> str:
         """Interface at the host."""
         return f"u{self.index}"
-
-    @property
-    def metric(self) -> int:
-        """Metric of its default route."""
-        return 100 * (self.index + 1)
 
     def address(self, family: int, number: int | None = None) -> str:
         """The host's private address on this uplink (its current one unless a number is given)."""
@@ -97,10 +96,11 @@ class Uplink:
             if addresses:
                 address = f"{self.address(family)}/{length}"
                 lines.append(f"addr replace {address} dev {self.interface}{nodad}")
-            lines.append(self._default_route(family))
+            lines.append(self.default_route(family))
         return lines
 
-    def _default_route(self, family: int) -> str:
+    def default_route(self, family: int) -> str:
+        """`ip` command that sets its default route."""
         gateway = self.gateways[family]
         return f"route replace default via {gateway} dev {self.interface} metric {self.metric}"
 
@@ -114,7 +114,7 @@ class Uplink:
         return [
             f"addr del {old}/{length} dev {self.interface}",
             f"addr add {new}/{length} dev {self.interface}{nodad}",
-            self._default_route(family),
+            self.default_route(family),
         ]
 
 
@@ -134,10 +134,10 @@ class World:
     """Builds the topology of the module docstring; a context manager that removes it again.
 
     families: address families outside the tunnel. delay: seconds each way on each wire. nat66:
-    translate IPv6 too. uplinks: how many uplinks A and B have at the start (`add_interface` adds
-    one). kinds: NAT kind by uplink name. nats: a factory by uplink name for NATs of another make,
-    called when their router stands without rules. source_rules: policy rules by source address,
-    as many multi-homed desktops have them.
+    translate IPv6 too, at both hosts or at one of them. uplinks: how many uplinks A and B have at
+    the start (`add_interface` adds one). kinds: NAT kind by uplink name. nats: a factory by uplink
+    name for NATs of another make, called when their router stands without rules. source_rules:
+    policy rules by source address, as many multi-homed desktops have them.
     """
 
     def __init__(
@@ -146,7 +146,7 @@ class World:
         families: Sequence[int] = (4,),
         delay: float = 0.005,
         uplinks: tuple[int, int] = (2, 2),
-        nat66: bool = False,
+        nat66: bool | HostName = False,
         kinds: Mapping[str, Kind] | None = None,
         nats: Mapping[str, NatFactory] | None = None,
         source_rules: bool = False,
@@ -201,7 +201,7 @@ class World:
     def _uplink(self, host: Host, index: int) -> Uplink:
         side = "AB".index(host.name)
         letter = host.name.lower()
-        inside6 = "fd00" if self.nat66 else "2001:db8"
+        inside6 = "fd00" if self.translates(6, host.name) else "2001:db8"
         lan = {4: f"10.{side + 1}.{index}.", 6: f"{inside6}:{letter}{index}::"}
         wan4, low = ("198.51.100.", "203.0.113.")[side], 64 * index
         wan6 = f"2001:db8:f{2 * side + index}::"
@@ -254,13 +254,13 @@ class World:
                 f"neigh replace {public} lladdr {router_mac} dev {core_end} nud permanent"
                 for public in publics
             ]
-            if family == 6 and not self.nat66:
+            if not self.translates(family, uplink.host):
                 outside.append(f"route add {uplink.subnets[6]} via {publics[0]}")
         self.core.batch(*outside)
         router.batch(*inside)
 
     def _nft(self, uplink: Uplink) -> NftNat:
-        translated = [family for family in self.families if family == 4 or self.nat66]
+        translated = [f for f in self.families if self.translates(f, uplink.host)]
         return NftNat(
             space=uplink.router,
             port=PORT,
@@ -325,7 +325,7 @@ class World:
         found = []
         for uplink in self.hosts[host].uplinks:
             for family in self.families:
-                translated = family == 4 or self.nat66
+                translated = self.translates(family, host)
                 if translated and not uplink.nat.forward:
                     continue
                 address = uplink.publics[family][0] if translated else uplink.address(family)
@@ -335,6 +335,10 @@ class World:
     def uplink(self, host: HostName, index: int = 0) -> Uplink:
         """An uplink by its host and number."""
         return self.hosts[host].uplinks[index]
+
+    def translates(self, family: int, host: HostName) -> bool:
+        """Whether a host is behind a NAT in this family."""
+        return family == 4 or self.nat66 in (True, host)
 
     # ---- events ----
 

@@ -22,38 +22,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from cli.demo.netns import Namespace, command, terminate
+from bench.capture import CORE_INTERFACES, Capture
+from cli.demo.netns import command
 from cli.demo.pair import INNER, Pair, Session
 from cli.demo.probe import Probe
 from cli.demo.world import IMPORT_ROOT, PORT, World
 
 ARTIFACTS = Path(IMPORT_ROOT) / "artifacts"
-CORE_INTERFACES = ("a0", "a1", "b0", "b1")
-
-
-class Capture:
-    """dumpcap on some interfaces of a namespace; interfaces of the core never go down, so it
-    never ends early.
-    """
-
-    def __init__(self, space: Namespace, interfaces: Sequence[str], path: Path) -> None:
-        self.path = path
-        argv = ["dumpcap", "-q", "-n", "-w", str(path), "-f", "udp"]
-        for interface in interfaces:
-            argv += ["-i", interface]
-        log = path.with_suffix(".log")
-        self._process = space.popen(argv, log=log)
-        deadline = time.monotonic() + 10
-        while not path.exists() or path.stat().st_size == 0:  # the file has a header once it runs
-            if self._process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"dumpcap did not start: {log.read_text()}")
-            time.sleep(0.02)
-
-    def stop(self) -> None:
-        """End the capture; the file is complete afterwards."""
-        if self._process.poll() is None:
-            time.sleep(0.2)  # packets wait in dumpcap's ring until it looks again
-        terminate([self._process])
 
 
 def tshark(

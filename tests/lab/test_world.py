@@ -15,6 +15,7 @@ import socket
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,10 +23,12 @@ from scapy.layers.inet import IP, UDP
 from scapy.layers.inet6 import IPv6
 from scapy.packet import Raw
 
+from bench.watch import Kernel, Packets, What
+from cli.demo.events import at_once, forget_nat, remove_interface, set_metric
 from cli.demo.netns import Namespace, Namespaces, command
 from cli.demo.probe import Probe
 from cli.demo.trace import Arrival, Sent, report
-from cli.demo.world import PORT, World
+from cli.demo.world import PORT, Happened, HostName, World
 from tests.lab.nat_scapy import Patch, ScapyNat, ScapyTable, rewrite
 
 MakeWorld = Callable[..., World]
@@ -312,6 +315,150 @@ def test_an_interface_appears(make_world: MakeWorld) -> None:
     with udp(world.a.space, device="u1") as a, udp(world.b.space) as b:
         a.sendto(b"hello", ("203.0.113.10", PORT))
         assert b.recvfrom(10)[1][0] == second
+
+
+@pytest.mark.parametrize("host", ["A", "B"])
+def test_a_black_hole_is_silent_both_ways_and_heals(make_world: MakeWorld, host: HostName) -> None:
+    """Nothing passes in either direction, and neither end hears of it: no ICMP, no carrier lost."""
+    world = make_world()
+    with Echo(world) as echo:
+        seen = echo.ask()
+        world.blackhole(host)
+        echo.b.settimeout(0.3)
+        with pytest.raises(TimeoutError):
+            echo.ask()
+        assert echo.lost(seen)
+        for end in (world.a, world.b):
+            assert "LOWER_UP" in end.space.run(["ip", "link", "show", "dev", "u0"]).stdout
+        error = echo.a.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        assert error == 0
+        world.heal(host)
+        echo.b.settimeout(1.0)
+        assert echo.ask() == seen
+        assert echo.tell(seen) == echo.target
+
+
+def test_two_events_at_once(make_world: MakeWorld) -> None:
+    world = make_world()
+    ends: tuple[HostName, HostName] = ("A", "B")
+    happened = at_once(*(partial(World.switch_interface, world, end) for end in ends))
+    assert happened.end - happened.begin < 0.5
+    for end in ends:
+        assert " DOWN" in world.hosts[end].space.run(["ip", "-br", "link", "show", "u0"]).stdout
+    # The link's control socket is shared by the threads.
+    for act in (World.blackhole, World.heal):
+        at_once(*(partial(act, world, end, index) for end in ends for index in (0, 1)))
+    assert not any(
+        way["blackhole"] for ways in world.link.counters().values() for way in ways.values()
+    )
+
+    def fail() -> Happened:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        at_once(fail, partial(World.restore_interface, world, "A"))
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_make_before_break(make_world: MakeWorld, family: int) -> None:
+    """A better interface appears and is used at once, then the old one is pulled out; and again."""
+    world = make_world(uplinks=(1, 2), families=(family,), nat66=True)
+    kernel = Kernel(world.a.space)
+
+    def kernel_says(what: What, since: float) -> bool:
+        return kernel.first(what, since) is not None
+
+    try:
+        with Echo(world, family) as echo:
+            for old, new in ((0, 1), (1, 0)):
+                publics = [world.uplink("A", index).publics[family][0] for index in (old, new)]
+                assert echo.ask()[0] == publics[0]
+                world.uplink("A", new).metric = world.uplink("A", old).metric - 1
+                happened = world.add_interface("A", new)
+                assert echo.ask()[0] == publics[1]
+                _until(partial(kernel_says, "default route", happened.begin))
+                usable = kernel.first("default route", happened.begin)
+                assert usable is not None and usable < happened.end + 0.1
+                remove_interface(world, "A", old)
+                assert echo.ask()[0] == publics[1]
+    finally:
+        kernel.close()
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_metrics_change_at_runtime(make_world: MakeWorld, family: int) -> None:
+    world = make_world(families=(family,), nat66=True)
+    first, second = (world.uplink("A", index).publics[family][0] for index in (0, 1))
+    with Echo(world, family) as echo:
+        assert echo.ask()[0] == first
+        set_metric(world, "A", 0, 300)
+        assert echo.ask()[0] == second
+        set_metric(world, "A", 1, 400)
+        assert echo.ask()[0] == first
+    listed = world.a.space.run(["ip", f"-{family}", "route", "show", "default"]).stdout
+    assert "metric 300" in listed and "metric 400" in listed and "metric 100" not in listed
+
+
+def test_a_forgotten_mapping_is_another_one(make_world: MakeWorld) -> None:
+    world = make_world()
+    with Echo(world) as echo:
+        seen = echo.ask()
+        forget_nat(world, "B", 0)
+        assert echo.ask() == seen, "a port forward stays"
+        forget_nat(world, "A", 0)
+        assert echo.lost(seen)
+        assert echo.ask() != seen
+
+
+def test_ipv6_behind_one_nat_only(make_world: MakeWorld) -> None:
+    world = make_world(families=(6,), nat66="A")
+    assert world.endpoints("B")[0].startswith(f"[{world.uplink('B').address(6)}]")
+    with Echo(world, 6) as echo:
+        seen = echo.ask()
+        assert seen[0] == world.uplink("A").publics[6][0]
+        forget_nat(world, "B", 0)
+        assert echo.ask() == seen
+
+
+def test_datagrams_of_an_interface_that_is_yet_to_come(make_world: MakeWorld) -> None:
+    world = make_world(uplinks=(1, 2))
+    packets = Packets(world.a.space)
+    try:
+        happened = world.add_interface("A")
+        with udp(world.a.space, device="u1") as a, udp(world.b.space) as b:
+            a.sendto(b"\x00\x01request", ("203.0.113.10", PORT))
+            _, seen = b.recvfrom(100)
+            b.sendto(b"\x01\x01answer", seen)
+            a.recv(100)
+        sent, answer = (one for one in packets.drain() if one.interface == "u1")
+    finally:
+        packets.close()
+    assert (sent.leaves, sent.is_answer, answer.leaves, answer.is_answer) == (
+        True, False, False, True,
+    )  # fmt: skip
+    assert sent.source == answer.target == (world.uplink("A", 1).address(4), PORT)
+    assert happened.end < sent.time < answer.time - 0.018 < sent.time + 0.1
+
+
+def test_jitter_may_keep_the_order(make_world: MakeWorld, tmp_path: Path) -> None:
+    world = make_world(families=(6,))
+    a, b = world.uplink("A").address(6), world.uplink("B").address(6)
+    reordered = []
+    for ordered in (False, True):
+        world.link.set("A0", "up", jitter=0.02, ordered=ordered)
+        directory = tmp_path / str(ordered)
+        directory.mkdir()
+        probe = Probe(world.a.space, a, world.b.space, b, directory)
+        try:
+            time.sleep(2.0)
+            end = time.monotonic()
+            time.sleep(0.2)
+        finally:
+            probe.stop()
+        found = probe.report(end - 1.0, end)["a_to_b"]
+        assert found.lost == 0
+        reordered.append(found.reordered)
+    assert reordered[0] > 10 and reordered[1] == 0
 
 
 def test_injections_of_the_scapy_nat(make_world: MakeWorld) -> None:

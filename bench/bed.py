@@ -1,0 +1,294 @@
+"""A pair of hosts with a tunnel under observation, on which something is made to happen.
+
+          u0 --lan[natA0]wan-- [ A0 ] --a0 +------+ b0-- [ B0 ] --wan[natB0]lan-- u0
+     [A]                                   | core |                                   [B]
+          u1 --lan[natA1]wan-- [ A1 ] --a1 +------+ b1-- [ B1 ] --wan[natB1]lan-- u1
+
+Through the tunnel run probes of 64 bytes each way, one every 5 ms unless said, and an ssh session
+with a keystroke every 20 ms, echoed. All there is to know about a run is in the bed's directory,
+artifacts/<name>-<random>/: both configurations and logs, core*.pcapng (every packet between the
+NATs), keys.log, qlog/, the traces of probes and session. It is removed unless `failed` is set.
+"""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+from bench.capture import CORE_INTERFACES, Capture
+from bench.rival import WireGuardPair
+from bench.stream import Stream
+from bench.watch import Kernel
+from cli.client import connect
+from cli.demo.nat import Kind
+from cli.demo.netns import terminate
+from cli.demo.pair import DEVICE, INNER, Pair, Session
+from cli.demo.probe import SPACING, Probe
+from cli.demo.session import SPACING as KEYSTROKE
+from cli.demo.world import IMPORT_ROOT, HostName, World
+from tunnel.errors import MartletError
+from tunnel.shell.status import RUN_DIRECTORY
+
+ARTIFACTS = Path(IMPORT_ROOT) / "artifacts"
+Mode = Literal["off", "interactive", "wireguard-go"]  # martlet's redundancy, or another tunnel
+HOSTS: tuple[HostName, ...] = ("A", "B")
+POLL = 0.02  # seconds between two looks at something that is waited for
+STEADY = 0.4  # seconds of flow both ways after which all is well
+_FLOWING = 0.12  # seconds since the last arrival; the probes' own records are 50 ms late
+_TYPING = 0.3  # seconds since the last echo
+_LOADED = 3600 * 24  # seconds: longer than any measurement
+_WARM = 5.0  # seconds that a second path may take to become warm
+_NO_WARM = 0.5  # seconds to wait instead, where the product does not show warm paths
+
+
+@dataclass(frozen=True)
+class Network:
+    """What the wires and NATs are like. Seconds and probabilities, each for every wire and way; a
+    path has two wires. `ordered`: jitter does not change the order.
+    """
+
+    rtt: float = 0.020
+    loss: float = 0.0
+    jitter: float = 0.0
+    ordered: bool = False
+    family: int = 4
+    inner: int = 4
+    nat: Kind = "full-cone"  # of A; B's forward a port
+
+
+class Bed:
+    """A context manager: the world and its tunnel. `observe` adds probes and the ssh session."""
+
+    def __init__(
+        self,
+        name: str,
+        network: Network,
+        mode: Mode,
+        *,
+        uplinks: tuple[int, int] = (2, 2),
+        nat66: bool | HostName = True,
+        spacing: float = SPACING,
+        keystroke: float = KEYSTROKE,
+        ring: int = 0,
+    ) -> None:
+        # Short: there are sockets in it, and the path of one has room for 107 bytes.
+        self.directory = ARTIFACTS / f"{name[:24]}-{secrets.token_hex(3)}"
+        self.network = network
+        self.mode = mode
+        self.failed = False
+        self._uplinks = uplinks
+        self._nat66 = nat66
+        self._spacing = spacing
+        self._keystroke = keystroke
+        self._ring = ring
+        self._shows_warm: bool | None = None  # None: not known yet
+        self._stack = ExitStack()
+        self._servers: dict[HostName, str] = {}
+        self.stream: Stream | None = None
+
+    # ---- life ----
+
+    def __enter__(self) -> Bed:
+        (self.directory / "qlog").mkdir(parents=True)
+        with ExitStack() as stack:
+            stack.callback(self._clean)
+            self.failed = True  # until everything stands
+            self._build(stack)
+            self.failed = False
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.failed = self.failed or isinstance(error, Exception)
+        self._stack.close()
+
+    def _clean(self) -> None:
+        if not self.failed:
+            shutil.rmtree(self.directory, ignore_errors=True)
+
+    def _build(self, stack: ExitStack) -> None:
+        network = self.network
+        self.world = stack.enter_context(
+            World(
+                families=(network.family,),
+                delay=network.rtt / 4,
+                uplinks=self._uplinks,
+                nat66=self._nat66,
+                kinds={"A0": network.nat, "A1": network.nat},
+                directory=self.directory,
+            )
+        )
+        if network.loss or network.jitter:
+            for host in HOSTS:
+                for index in (0, 1):
+                    self.world.link.set(
+                        f"{host}{index}",
+                        loss=network.loss,
+                        jitter=network.jitter,
+                        ordered=network.ordered,
+                    )
+        environment = {
+            "SSLKEYLOGFILE": str(self.directory / "keys.log"),
+            "QLOGDIR": str(self.directory / "qlog"),
+        }
+        make = WireGuardPair if self.mode == "wireguard-go" else Pair
+        self.pair = make(self.world, self.directory, environment)
+        if self.mode != "wireguard-go":
+            self.pair.settings = f'[paths]\nredundancy = "{self.mode}"\n'
+        self.pair.prepare()
+        capture = self.directory / "core.pcapng"
+        self.capture = Capture(self.world.core, CORE_INTERFACES, capture, ring=self._ring)
+        stack.callback(self.capture.stop)
+        self.kernels = {host: Kernel(self.world.hosts[host].space) for host in HOSTS}
+        for kernel in self.kernels.values():
+            stack.callback(kernel.close)
+        for host in HOSTS:
+            inode = Path(f"/run/netns/{self.world.hosts[host].space.name}").stat().st_ino
+            self._servers[host] = str(RUN_DIRECTORY / str(inode))
+
+    def up(self, *, stream: float = 0.0) -> None:
+        """Start the tunnel, the probes, the ssh session and maybe a paced TCP stream of so many
+        Mbit/s; PairError when that fails.
+        """
+        self.pair.up()
+        a, b = self.world.a.space, self.world.b.space
+        near, far = (INNER[host][self.network.inner] for host in HOSTS)
+        self.probe = Probe(a, near, b, far, self.directory, spacing=self._spacing)
+        self._stack.callback(self.probe.stop)
+        self.session = Session(self.pair, family=self.network.inner, spacing=self._keystroke)
+        self.session.start()
+        self._stack.callback(self.session.stop)
+        if stream:
+            self.stream = Stream(a, b, far, self.directory, stream)
+            self._stack.callback(self.stream.stop)
+        self.settle(time.monotonic())
+
+    # ---- waiting ----
+
+    def flowing(self, now: float) -> bool:
+        """Whether probes, echoes and the stream come at this moment."""
+        return not self.stuck(now)
+
+    def stuck(self, now: float) -> list[str]:
+        """Which of the flows do not."""
+        late = max(_FLOWING, 3 * self._spacing) + self.network.rtt
+        typing = max(_TYPING, 3 * self._keystroke) + self.network.rtt
+        flows = {
+            "UDP": self.probe.flowing(now - late),
+            "ssh": not self.session.closed() and self.session.last_echo() > now - typing,
+            "TCP": self.stream is None
+            or (not self.stream.closed() and self.stream.last() > now - _TYPING),
+        }
+        return [name for name, flows_ in flows.items() if not flows_]
+
+    def settle(self, since: float, patience: float = 8.0, steady: float = STEADY) -> bool:
+        """Wait until all has flowed steadily for a while after `since`; False when patience
+        ended.
+        """
+        calm = since
+        while True:
+            time.sleep(POLL)
+            now = time.monotonic()
+            if not self.flowing(now):
+                calm = now
+            if now - calm > steady:
+                return True
+            if now - since > patience or self.session.closed():
+                return False
+
+    def warm(self) -> bool | None:
+        """Wait until both ends have a second path warm; whether they do, None when the product
+        does not say (then a fixed time has passed).
+        """
+        if self._shows_warm is None:
+            self._shows_warm = any("warm" in path for host in HOSTS for path in self.paths(host))
+        if not self._shows_warm:
+            time.sleep(_NO_WARM)
+            return None
+        return self.until(lambda: all(self._has_warm(host) for host in HOSTS), _WARM)
+
+    def _has_warm(self, host: HostName) -> bool:
+        return any(path.get("warm") and not path.get("active") for path in self.paths(host))
+
+    @staticmethod
+    def until(condition: Callable[[], bool], patience: float, poll: float = POLL) -> bool:
+        """Wait for a condition; False when patience ended."""
+        deadline = time.monotonic() + patience
+        while not condition():
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(poll)
+        return True
+
+    # ---- asking the product ----
+
+    def _ask(self, host: HostName, verb: Literal["status", "history"]) -> Any:
+        """What `martlet VERB --json` prints, without the second that starting it may take."""
+        if self.mode == "wireguard-go":
+            return None
+        try:
+            with connect(DEVICE, Path(self._servers[host])) as client:
+                return client.status() if verb == "status" else client.history()
+        except MartletError:
+            return None
+
+    def status(self, host: HostName) -> dict[str, Any]:
+        """The part of the only peer in `status --json`; empty when there is none."""
+        peers = (self._ask(host, "status") or {}).get("peers", [])
+        found: dict[str, Any] = peers[0] if peers else {}
+        return found
+
+    def paths(self, host: HostName) -> list[dict[str, Any]]:
+        """The paths of a host in `status --json`."""
+        found: list[dict[str, Any]] = self.status(host).get("paths", [])
+        return found
+
+    def history(self, host: HostName) -> list[dict[str, Any]]:
+        """The ledger of a host."""
+        found: list[dict[str, Any]] = self._ask(host, "history") or []
+        return found
+
+    def active_path(self, host: HostName) -> str:
+        """`local>remote`, "-" while there is none or the tunnel does not say."""
+        return str(self.status(host).get("active_path") or "-")
+
+    def active_uplink(self, host: HostName) -> int:
+        """Number of the uplink that the active path uses; 0 where the tunnel does not say."""
+        local = self.active_path(host).partition(">")[0].rpartition(":")[0].strip("[]")
+        family = self.network.family
+        for uplink in self.world.hosts[host].uplinks:
+            if local == uplink.address(family):
+                return uplink.index
+        return 0
+
+    def counters(self, host: HostName) -> dict[str, int]:
+        """The counters of the peer."""
+        found: dict[str, int] = self.status(host).get("counters", {})
+        return found
+
+    # ---- load ----
+
+    @contextmanager
+    def loaded(self, mbit: float) -> Iterator[None]:
+        """One TCP stream from A to B through the tunnel, at this rate if it gets it."""
+        target = INNER["B"][self.network.inner]
+        server = self.world.b.space.popen(["iperf3", "-s", "-1"])
+        time.sleep(0.3)
+        argv = ["iperf3", "-c", target, "-b", f"{mbit:g}M", "-t", str(_LOADED)]
+        client = self.world.a.space.popen(argv, log=self.directory / "iperf3.log")
+        try:
+            yield
+        finally:
+            terminate([client, server])
