@@ -31,6 +31,7 @@ FIELDS = (
     "_ws.malformed",
     "quic.decryption_failed",
 )
+STUN = "udp.payload[4:4] == 21:12:a4:42"  # the magic cookie: RFC 8489 section 5, RFC 9443
 PATH_CHALLENGE, PATH_RESPONSE = "26", "27"  # RFC 9000 section 19
 DATAGRAM = "48"  # RFC 9221: the one without a length, which reaches to the end of the packet
 
@@ -51,7 +52,7 @@ class Packet:
 
 def packets(scenario: Scenario) -> list[Packet]:
     # Every datagram passes two interfaces of the core; one of them is enough.
-    rows = scenario.decoded(FIELDS, 'udp.port == 4117 && frame.interface_name == "a0"')
+    rows = scenario.decoded(FIELDS, f'udp.port == 4117 && frame.interface_name == "a0" && !({STUN})')
     return [Packet(row) for row in rows]
 
 
