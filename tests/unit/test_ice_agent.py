@@ -371,6 +371,9 @@ def test_lists_out_of_order_and_lost_ones() -> None:
     agent.remote_candidates(2, one(2), START)
     agent.remote_candidates(3, one(4), START)
     assert known() == ["198.51.100.3"]
+    agent.send_failed(PATH._replace(remote=one(3)[0].address), START)
+    agent.remote_candidates(3, one(3), START)  # again, and so no reason to try again
+    assert [pair.state for pair in agent.pairs()] == [PairState.FAILED]
     agent.remote_candidates(9, one(9), START)
     assert known() == ["198.51.100.9"]
     answer(agent, agent.datagrams_to_send(START), START + 0.1)
@@ -669,7 +672,7 @@ def test_fuzz(parts: list[tuple[int, bytes]]) -> None:
         check.response(THEIRS, transaction, PEER),
         b"",
         b"\x01\x01",
-    ][:]
+    ]
     for which, data in parts:
         head = good[which][:20]
         body = (

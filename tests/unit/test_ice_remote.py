@@ -27,17 +27,21 @@ def numbers(remotes: Remotes) -> set[int]:
     return {int(remote.address.host.rpartition(".")[2]) for remote in remotes}
 
 
-def test_the_newest_generation_holds() -> None:
+def test_a_list_replaces_the_one_before() -> None:
     remotes = Remotes(())
     remotes.name(2, named(1, 2), NONE, 1.0)
-    remotes.name(1, named(3), NONE, 2.0)
-    remotes.name(2, named(4), NONE, 3.0)
-    assert numbers(remotes) == {1, 2}
     remotes.name(5, named(2, 5), NONE, 4.0)
-    assert numbers(remotes) == {2, 5}
+    assert numbers(remotes) == {2, 5} and remotes.generation == 5
     remotes.new_session()
-    remotes.name(0, named(6), NONE, 5.0)
-    assert numbers(remotes) == {6}
+    assert numbers(remotes) == {2, 5} and remotes.generation == -1
+
+
+def test_of_a_list_without_room_the_first_stay() -> None:
+    remotes = Remotes(())
+    for n in range(1, 6):
+        remotes.pin(address(n), configured=True, standing=NONE, now=0.0)
+    remotes.name(1, named(*range(10, 42)), NONE, 1.0)
+    assert numbers(remotes) == {*range(1, 6), *range(10, 37)}
 
 
 def test_what_works_outlives_the_list() -> None:

@@ -146,6 +146,8 @@ class Agent:
         An address that is not named any more is forgotten with its pairs, unless one is warm: then
         it stays, as peer-reflexive, until they fail.
         """
+        if generation <= self._remotes.generation:
+            return
         self._remotes.name(generation, candidates, self._list.standing(), now)
         self._list.rebuild()
         self._list.retry({candidate.address for candidate in candidates})

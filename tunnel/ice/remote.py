@@ -6,8 +6,8 @@ several of these. Only the first two are trusted: what is seen may be the addres
 forwards packets (RFC 9000 section 9.3.3).
 
 Full means full: 32. A newcomer takes the place of one that has failed and is not configured, or of
-one that fewer vouch for, or of the one that was heard of longest ago among its likes; never of one
-that has a warm pair.
+one with a weaker claim; one that is not trusted also that of its like that was heard of longest
+ago. Never of one that has a warm pair. Of a list that is too long for the room, the first stay.
 """
 
 from __future__ import annotations
@@ -76,7 +76,8 @@ class Remotes:
         self._forbidden = tuple(forbidden)
         self._known: dict[Address, Remote] = {}
         self._spent: OrderedDict[Address, tuple[int, float]] = OrderedDict()
-        self._generation = -1
+        self.generation = -1
+        """Of the latest list."""
 
     def __iter__(self) -> Iterator[Remote]:
         return iter(list(self._known.values()))
@@ -89,7 +90,7 @@ class Remotes:
 
     def new_session(self) -> None:
         """The peer may have been restarted, and counts its lists from the beginning."""
-        self._generation = -1
+        self.generation = -1
 
     def network_changed(self, now: float) -> None:
         """What was silent may answer now."""
@@ -100,10 +101,8 @@ class Remotes:
     def name(
         self, generation: int, candidates: Sequence[Candidate], standing: Standing, now: float
     ) -> None:
-        """The peer's list, in full; nothing if it is older than one that was seen."""
-        if generation <= self._generation:
-            return
-        self._generation = generation
+        """The peer's list, in full, newer than the one before."""
+        self.generation = generation
         named: dict[Address, Candidate] = {}
         for candidate in candidates:
             if usable_candidate(candidate.address, self._forbidden):
@@ -172,7 +171,8 @@ class Remotes:
             for remote in self._known.values()
             if remote.address not in standing.warm
             and (
-                remote.strength <= strength
+                remote.strength < strength
+                or (remote.strength == strength and not remote.trusted)
                 or (remote.address in standing.failed and not remote.configured)
             )
         ]
