@@ -29,6 +29,7 @@ def _path(key: PathKey, path: NetworkPath | None, pair: Pair | None) -> dict[str
     rtt = pair.rtt if pair is not None else None
     if path is not None and path.metrics.has_rtt:
         rtt = path.metrics.rtt_smoothed
+    measured = path is not None and path.metrics.has_rtt
     return {
         "key": key,
         "local": str(key.local),
@@ -38,6 +39,9 @@ def _path(key: PathKey, path: NetworkPath | None, pair: Pair | None) -> dict[str
         "warm": pair is not None and pair.state is PairState.WARM,
         "metered": pair is not None and pair.metered,
         "rtt_ms": None if rtt is None else round(rtt * 1e3, 3),
+        "rtt_variance_ms": (
+            round(path.metrics.rtt_variance * 1e3, 3) if path is not None and measured else None
+        ),
         "mtu": path.mtu if path is not None else None,
         "tx_bytes": path.bytes_sent if path is not None else 0,
         "rx_bytes": path.bytes_received if path is not None else 0,

@@ -567,8 +567,8 @@ class Roaming:
                 pair = self.agent.pair(event.key)
                 if pair is not None:
                     session.connection.vouch(event.key, event.rtt, now, trusted=pair.trusted)
-                if isinstance(event, PairAnswered):
-                    self._answered(session, event.key, event.asked_at, now)
+                asked_at = event.asked_at if isinstance(event, PairAnswered) else now
+                self._answered(session, event.key, asked_at, now)
                 changed = changed or isinstance(event, PairUp)
             elif isinstance(event, CandidatesChanged):
                 session.say(_candidates(self.agent))

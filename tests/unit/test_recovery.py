@@ -309,7 +309,7 @@ def test_waiting_since_the_first_unanswered_packet() -> None:
     rig.send(rig.one, 2.0, eliciting=False)
     rig.ack(2.1, first)
     seen.append((rig.one.waiting_since, rig.one.last_progress_at))
-    assert seen[0] == pytest.approx((START + 1.4, START + 1.4))
+    assert seen[0] == pytest.approx((START + 1.3, START + 1.4))
     assert seen[1:] == 2 * [(None, START + 1.5)], "an old acknowledgement is no progress"
 
 

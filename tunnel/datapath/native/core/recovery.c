@@ -382,6 +382,21 @@ static void trim(struct mt_conn *c, uint64_t low, uint64_t high)
     }
 }
 
+/* When the first packet of this path left that nothing newer has been acknowledged than: it is the
+ * next to be answered. One that left before `acked` and is still outstanding is lost or late, which
+ * says nothing about whether the path lives. In a dense flow this is a round trip sooner than
+ * counting from the last acknowledgement. */
+static mt_time oldest_after(const struct mt_conn *c, const struct mt_path *p, uint64_t acked)
+{
+    for (uint64_t n = acked + 1; p->outstanding && n < c->number; n++) {
+        const struct mt_sent *s = sent_entry(c, n);
+        if (s->state == MT_OUTSTANDING && s->path == p->index && s->flags & MT_SENT_ELICITING &&
+            ahead_of_acked(p, s) > 0)
+            return s->at;
+    }
+    return MT_NEVER;
+}
+
 static void on_progress(struct mt_conn *c, struct mt_path *p, const struct progress *progress,
                         struct mt_path *arriving, uint64_t largest, double delay, mt_time now)
 {
@@ -398,7 +413,7 @@ static void on_progress(struct mt_conn *c, struct mt_path *p, const struct progr
         sample_rate(p, newest, now);
     }
     p->last_progress_at = now;
-    p->waiting_since = p->outstanding ? now : MT_NEVER;
+    p->waiting_since = oldest_after(c, p, progress->largest);
     if (p == c->active)
         c->woken = false;
     detect_loss(c, p, now);
