@@ -20,6 +20,17 @@ static void deliver_packet(struct mt_lane *l, uint8_t *packet, uint32_t length, 
         mt_engine_flush(e);
 }
 
+/* Whether a datagram, or a copy of it, comes for the first time; from now on it does not. */
+static bool first_time(struct mt_conn *c, uint64_t root)
+{
+    if (mt_window_has(&c->delivered, root)) {
+        c->lane->counters.copies_dropped++;
+        return false;
+    }
+    mt_window_add(&c->delivered, root);
+    return true;
+}
+
 /* A copy that left in parts: kind, root, and the whole datagram of a packet. */
 static bool deliver_whole_copy(struct mt_conn *c, uint64_t number, uint8_t *at, uint8_t *end)
 {
@@ -29,13 +40,9 @@ static bool deliver_whole_copy(struct mt_conn *c, uint64_t number, uint8_t *at, 
     l->counters.copies_received++;
     if (!mt_get_varint(&p, end, &root) || root >= number || p == end || *p != KIND_PACKET)
         return false;
-    if (mt_window_has(&c->delivered, root)) {
-        l->counters.copies_dropped++;
-        return true;
-    }
-    mt_window_add(&c->delivered, root);
     at += p - at + 1;
-    deliver_packet(l, at, (uint32_t)(end - at), true);
+    if (first_time(c, root))
+        deliver_packet(l, at, (uint32_t)(end - at), true);
     return true;
 }
 
@@ -74,11 +81,8 @@ static bool deliver(struct mt_conn *c, uint64_t number, uint8_t *at, uint8_t *en
             return false;
         at += p - at;
     }
-    if (mt_window_has(&c->delivered, root)) {
-        l->counters.copies_dropped++;
+    if (!first_time(c, root))
         return true;
-    }
-    mt_window_add(&c->delivered, root);
     if (*at == KIND_PACKET)
         deliver_packet(l, at + 1, (uint32_t)(end - at - 1), false);
     else if (*at == KIND_PART)

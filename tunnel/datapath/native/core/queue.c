@@ -27,6 +27,8 @@
 /* Bytes by which it may be ahead of that: enough for a burst of small packets, while of a flow that
  * sends full ones only the first three pass. */
 #define SPARSE_BURST 4096.0
+/* A flow that sent more is a sparse one again after this time of silence, however much it was. */
+#define SPARSE_PAUSE MT_SECOND
 /* Packets of each flow that are kept whatever their age while there is no path. */
 #define NEWEST_PER_FLOW 2
 /* Packets younger than this survive an outage even beyond the newest of their flow. */
@@ -639,6 +641,8 @@ void mt_queue_take(struct mt_queue *q, uint8_t *out)
     q->due = NULL;
     f->deficit -= (int32_t)q->due_size;
     f->ahead += q->due_size;
+    if (f->ahead > SPARSE_BURST + q->sparse_rate * SPARSE_PAUSE)
+        f->ahead = SPARSE_BURST + q->sparse_rate * SPARSE_PAUSE;
     advance(q, f);
 }
 

@@ -482,10 +482,10 @@ int recovery_on_ack(struct mt_conn *c, struct mt_path *arriving, const uint8_t *
         on_progress(c, &c->paths[i], &progress[i], arriving, largest, waited, now);
         offer_sample(c, &c->paths[i], now);
     }
-    if (any) {
-        c->pto_count = 0;
+    if (progress[c->active->index].any)
+        c->pto_count = 0; /* what a backup answers says nothing about this path */
+    if (any)
         advance(c);
-    }
     return 0;
 }
 
@@ -527,11 +527,18 @@ static mt_time wake_at(const struct mt_conn *c)
     return c->active->waiting_since + c->patience;
 }
 
+/* While a loss is to be declared on this very path there is no probe (RFC 9002 section 6.2.1). */
+static mt_time probe_at(const struct mt_conn *c)
+{
+    const struct mt_path *p = c->active;
+    return p->loss_at == MT_NEVER && mt_path_sendable(p) > 0 ? recovery_pto_at(c) : MT_NEVER;
+}
+
 mt_time recovery_timer(const struct mt_conn *c)
 {
-    mt_time at = earliest_loss(c);
-    if (at == MT_NEVER && mt_path_sendable(c->active) > 0)
-        at = recovery_pto_at(c);
+    mt_time at = earliest_loss(c), probe = probe_at(c);
+    if (probe < at)
+        at = probe;
     mt_time wake = wake_at(c);
     if (wake < at)
         at = wake;
@@ -545,18 +552,16 @@ mt_time recovery_timer(const struct mt_conn *c)
 
 void recovery_on_timer(struct mt_conn *c, mt_time now)
 {
-    if (earliest_loss(c) <= now) {
-        for (int i = 0; i < MT_PATHS; i++)
-            if (c->paths[i].used && c->paths[i].loss_at <= now)
-                detect_loss(c, &c->paths[i], now);
-    } else if (earliest_loss(c) == MT_NEVER && mt_path_sendable(c->active) > 0 &&
-               recovery_pto_at(c) <= now) {
+    if (probe_at(c) <= now) {
         c->pto_count++;
         c->counters.ptos++;
         c->events |= MT_EVENT_PTO;
         /* The probe that follows restarts the clock; should none follow, do not spin. */
         c->active->last_eliciting_at = now;
     }
+    for (int i = 0; i < MT_PATHS; i++)
+        if (c->paths[i].used && c->paths[i].loss_at <= now)
+            detect_loss(c, &c->paths[i], now);
     if (wake_at(c) <= now) {
         c->woken = true;
         c->events |= MT_EVENT_WAKE;
