@@ -5,8 +5,7 @@ An `Act` makes it happen; what it changed for longer is taken back by its partne
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -83,12 +82,13 @@ def change_address(turn: Turn) -> Happened:
     return turn.each(World.change_address)
 
 
-@contextmanager
-def appearing(turn: Turn) -> Iterator[Happened]:
-    """A better interface appears at the moving end beside the only one it has; when the context
-    ends, the old one is pulled out for good.
-    """
+def appear(turn: Turn) -> Happened:
+    """A better interface appears at the moving end beside the only one that it has."""
     world, ((host, old),) = turn.bed.world, turn.uplinks.items()
     world.uplink(host, 1 - old).metric = world.uplink(host, old).metric - 1
-    yield world.add_interface(host, 1 - old)
-    remove_interface(world, host, old)
+    return world.add_interface(host, 1 - old)
+
+
+def pull_out(turn: Turn) -> Happened:
+    """The interface that went down is taken out for good, so that it can appear again."""
+    return turn.each(remove_interface)

@@ -88,7 +88,6 @@ class Bed:
         self._spacing = spacing
         self._keystroke = keystroke
         self._ring = ring
-        self._shows_warm: bool | None = None  # None: not known yet
         self._stack = ExitStack()
         self._servers: dict[HostName, str] = {}
         self.stream: Stream | None = None
@@ -212,15 +211,17 @@ class Bed:
         """Wait until both ends have a second path warm; whether they do, None when the product
         does not say (then a fixed time has passed).
         """
-        if self._shows_warm is None:
-            self._shows_warm = any("warm" in path for host in HOSTS for path in self.paths(host))
-        if not self._shows_warm:
-            time.sleep(_NO_WARM)
+        if self.until(self._all_warm, _NO_WARM):
+            return True
+        if not any("warm" in path for host in HOSTS for path in self.paths(host)):
             return None
-        return self.until(lambda: all(self._has_warm(host) for host in HOSTS), _WARM)
+        return self.until(self._all_warm, _WARM)
 
-    def _has_warm(self, host: HostName) -> bool:
-        return any(path.get("warm") and not path.get("active") for path in self.paths(host))
+    def _all_warm(self) -> bool:
+        return all(
+            any(path.get("warm") and not path.get("active") for path in self.paths(host))
+            for host in HOSTS
+        )
 
     @staticmethod
     def until(condition: Callable[[], bool], patience: float, poll: float = POLL) -> bool:

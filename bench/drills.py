@@ -33,7 +33,7 @@ from bench import acts
 from bench.acts import Mover, Turn
 from bench.bed import Bed, Mode
 from bench.figures import quantile
-from bench.roam.course import PROGRAMS, Failures, add_network_options, network, plain
+from bench.options import PROGRAMS, Failures, add_network_options, network, plain
 from bench.roam.runs import ms
 from bench.run import machine, note, ready
 from cli.demo.events import at_once, forget_nat, set_metric

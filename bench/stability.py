@@ -23,7 +23,7 @@ from typing import Any
 
 from bench.bed import HOSTS, Bed, Mode, Network
 from bench.figures import markdown
-from bench.roam.course import PROGRAMS, Failures, add_network_options, network, plain
+from bench.options import PROGRAMS, Failures, add_network_options, network, plain
 from bench.roam.runs import ms
 from bench.run import machine, note, ready
 

@@ -11,56 +11,16 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
 
 from bench import rival
-from bench.bed import Bed, Network
+from bench.bed import Bed
+from bench.options import PROGRAMS, Failures, add_network_options, network, plain
 from bench.roam.rows import RIVAL, ROWS, Row, cells
 from bench.roam.runs import Cell, Settings
 from bench.roam.table import Outcome, table
 from bench.run import machine, note, ready
-from cli.demo.nat import Kind
-from cli.demo.netns import CommandError
-from cli.demo.pair import PairError
 
-PROGRAMS = ("ip", "nft", "conntrack", "ss", "ssh", "dumpcap")
 _TRIES = 2  # beds in a row on which nothing could be measured
-Failures = (PairError, CommandError, RuntimeError, OSError)
-
-
-def add_network_options(parser: argparse.ArgumentParser) -> None:
-    """What the wires and NATs are like."""
-    parser.add_argument("--rtt", type=float, default=20.0, metavar="MS", help="default 20")
-    parser.add_argument(
-        "--loss", type=float, default=0.0, metavar="PERCENT", help="on each wire, each way"
-    )
-    parser.add_argument(
-        "--jitter", type=float, default=0.0, metavar="MS", help="uniform, on each wire, each way"
-    )
-    parser.add_argument(
-        "--keep-order", action="store_true", help="jitter does not change the order of packets"
-    )
-    parser.add_argument("--family", type=int, choices=(4, 6), default=4, help="outside the tunnel")
-    parser.add_argument("--inner", type=int, choices=(4, 6), default=4, help="inside the tunnel")
-    parser.add_argument("--nat", choices=get_args(Kind), default="full-cone", help="A's NATs")
-
-
-def network(options: argparse.Namespace) -> Network:
-    """From the options above."""
-    return Network(
-        rtt=options.rtt / 1000,
-        loss=options.loss / 100,
-        jitter=options.jitter / 1000,
-        ordered=options.keep_order,
-        family=options.family,
-        inner=options.inner,
-        nat=options.nat,
-    )
-
-
-def plain(options: argparse.Namespace) -> dict[str, Any]:
-    """Options for JSON."""
-    return {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()}
 
 
 def measure(

@@ -68,15 +68,16 @@ def make_before_break(bed: Bed, cell: Cell, settings: Settings) -> Run:
     watched = Watched(bed)
     turn = Turn.now(bed, cell.mover)
     before = [bed.active_path(host) for host in HOSTS]
-    with acts.appearing(turn) as happened:
-        time.sleep(_AT_LEAST)
-        used = bed.until(
-            lambda: all(bed.active_path(h) != was for h, was in zip(HOSTS, before, strict=True)),
-            _APPEARED,
-        )
-        broken = time.monotonic()
-    run.recovered = bed.settle(time.monotonic())
+    happened = acts.appear(turn)
+    time.sleep(_AT_LEAST)
+    used = bed.until(
+        lambda: all(bed.active_path(h) != was for h, was in zip(HOSTS, before, strict=True)),
+        _APPEARED,
+    )
+    broken = acts.link_down(turn)
+    run.recovered = bed.settle(broken.end)
     watched.end(run, cell.mover, happened.begin)
     run.event_ms = ms(happened.end - happened.begin)
-    run.detail |= {"used_before_break": used, "break_at_ms": ms(broken - happened.begin)}
+    run.detail |= {"used_before_break": used, "break_at_ms": ms(broken.begin - happened.begin)}
+    run.recovered = bed.settle(acts.pull_out(turn).end) and run.recovered
     return run
