@@ -218,10 +218,15 @@ class Bed:
         return self.until(self._all_warm, _WARM)
 
     def _all_warm(self) -> bool:
-        return all(
-            any(path.get("warm") and not path.get("active") for path in self.paths(host))
-            for host in HOSTS
-        )
+        return all(self._has_second(host) for host in HOSTS)
+
+    def _has_second(self, host: HostName) -> bool:
+        """A second path is at hand, from another address where the host has another."""
+        paths = self.paths(host)
+        active = {path["local"] for path in paths if path.get("active")}
+        others = {path["local"] for path in paths} - active
+        seconds = {path["local"] for path in paths if path.get("backup") and path.get("warm")}
+        return bool(seconds & others if others else seconds)
 
     @staticmethod
     def until(condition: Callable[[], bool], patience: float, poll: float = POLL) -> bool:

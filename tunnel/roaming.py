@@ -443,9 +443,9 @@ class Roaming:
             return
         facts = self.facts(now)
         if self._suspicion is not None:
-            # In a race the path that has answered is the one to bet on.
-            answered = self._suspicion.answered
-            facts = [f for f in facts if not answered or f.key in answered] or facts
+            # In a race a path that has answered is the one to bet on.
+            alive = [f for f in facts if f.key in self._suspicion.answered]
+            facts = alive if any(not f.failed for f in alive) else facts
         metered = self._redundancy == "all" or self._suspicion is not None
         chosen = second(session.active, facts, metered=metered, current=self.second)
         racing = self._suspicion is not None
