@@ -221,12 +221,17 @@ class Bed:
         return all(self._has_second(host) for host in HOSTS)
 
     def _has_second(self, host: HostName) -> bool:
-        """A second path is at hand, from another address where the host has another."""
+        """A second path is at hand that shares no uplink with the active one, where there are two."""
         paths = self.paths(host)
-        active = {path["local"] for path in paths if path.get("active")}
-        others = {path["local"] for path in paths} - active
-        seconds = {path["local"] for path in paths if path.get("backup") and path.get("warm")}
-        return bool(seconds & others if others else seconds)
+        active = next((path for path in paths if path.get("active")), None)
+        second = next((path for path in paths if path.get("backup") and path.get("warm")), None)
+        if active is None or second is None:
+            return False
+        warm = [path for path in paths if path.get("warm") or path is active]
+        return all(
+            len({path[end] for path in warm}) == 1 or active[end] != second[end]
+            for end in ("local", "remote")
+        )
 
     @staticmethod
     def until(condition: Callable[[], bool], patience: float, poll: float = POLL) -> bool:
