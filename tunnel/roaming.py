@@ -58,6 +58,8 @@ DOUBTS = 2
 COUNTS_AFTER = 2.5
 """Seconds after a move when what it lost and replayed is counted: nothing older than 2 s is sent
 again."""
+PAUSE = 1.0
+"""Seconds without any usable address that are still part of changing from one to the next."""
 TOLD_MEMORY = 5.0
 """Seconds after a change of the kernel's routes in which what they prefer now counts as news."""
 QUIET = 3.0
@@ -143,6 +145,8 @@ class Roaming:
         self._wish: Wish | None = None
         self._damper = Damper()
         self._told_at = -TOLD_MEMORY
+        self._interface_of: dict[str, str] = {}
+        self._pathless_since: float | None = None
         self.second: PathKey | None = None
         """The path at hand beside the active one."""
         self._failed: dict[PathKey, float] = {}
@@ -193,6 +197,8 @@ class Roaming:
     def network_changed(self, surroundings: Surroundings, now: float) -> None:
         """A full snapshot of what this host can send from."""
         before, self.surroundings = self.surroundings, surroundings
+        if before.network.addresses:
+            self._interface_of = {a.ip: a.interface for a in before.network.addresses}
         self.agent.bases_changed(surroundings.network, surroundings.bases, now)
         session = self._open
         if session is None:
@@ -205,13 +211,14 @@ class Roaming:
         sources = surroundings.network.sources(active.remote.host)
         self._take_events(now)
         if any(address.ip == active.local.host for address in sources):
+            self._pathless_since = None
             connection.path_event(now)
             self._revive(now)
             if self._preferred(before, active) != self._preferred(surroundings, active):
                 self._told_at = now
             self._consider(now)
         else:
-            self._flee(session, before, now)
+            self._flee(session, now)
         self.agent.check_now(now)
         self._arrange(now)
 
@@ -338,7 +345,7 @@ class Roaming:
         )
         self.moved_because = "the peer restarted, and the new handshake succeeded here"
 
-    def _flee(self, session: Session, before: Surroundings, now: float) -> None:
+    def _flee(self, session: Session, now: float) -> None:
         """The address that the active path sends from is gone, or has no route any more."""
         connection, active = session.connection, session.active
         network, port = self.surroundings.network, self.surroundings.port
@@ -347,18 +354,20 @@ class Roaming:
         warm = [path.key for path in ordered if path.warm and path.key != active]
         target = warm[0] if warm else best_from(network, port, self._remotes(session))
         if target is None:
+            self._pathless_since = self._pathless_since or now
             connection.path_event(now)
             self._hold(now)
             return
-        was_interface = {a.ip: a.interface for a in before.network.addresses}
-        left = was_interface.get(active.local.host)
-        if left is None:
+        left = self._interface_of.get(active.local.host, "its interface")
+        if self._pathless_since is not None and now > self._pathless_since + PAUSE:
             trigger, reason = Trigger.NO_PATH, "it is the first path after a time without any"
         elif any(a.interface == left for a in network.addresses):
             trigger, reason = Trigger.ADDRESS_GONE, f"{active.local.host} is gone from {left}"
         else:
             trigger, reason = Trigger.LINK_DOWN, f"{left} is down"
-        self._move(session, target, trigger, reason, at=now, detected=now, now=now)
+        at = now if self._pathless_since is None else self._pathless_since
+        self._pathless_since = None
+        self._move(session, target, trigger, reason, at=at, detected=now, now=now)
         connection.leave(active)
         if len(warm) > 1:
             # The other end may have lost the same path at the same moment: do not wait for silence.

@@ -871,3 +871,50 @@ def test_whatever_happens_nothing_comes_twice(seed: int) -> None:
     assert world.far.lane.counters["refused_packets"] == 0
     assert world.far.lane.counters["malformed_datagrams"] == 0
     assert min(world.one.in_flight, world.two.in_flight) >= 0
+
+
+# what a move costs on the path it went to
+
+
+def test_what_is_lost_before_a_new_path_settled_is_made_good() -> None:
+    """A NAT or a neighbour table may not be ready when the first packets come."""
+    rig = Rig()
+    rig.switch(rig.two)
+    early = rig.send(*map(numbered, range(3)))
+    later = rig.send(*map(numbered, range(3, 8)))
+    rig.arrive(later)
+    rig.now += 0.02
+    rig.acked(*later)
+    again = rig.leave()
+    assert copied(again) == [each.number for each in early]
+    assert all(each.path is rig.two for each in again)
+    rig.arrive(again)
+    assert sorted(numbers(rig.delivered)) == list(range(8))
+
+
+def test_what_is_lost_later_is_the_inner_transports_business() -> None:
+    rig = Rig()
+    rig.switch(rig.two)
+    rig.acked(*rig.send(numbered(0)))
+    rig.now += 0.02
+    rig.send(numbered(1))
+    rig.acked(*rig.send(*map(numbered, range(2, 7))))
+    assert rig.leave() == []
+
+
+def test_a_peer_that_moved_behind_the_same_address_gets_it_once_more() -> None:
+    rig = Rig()
+    rig.acked(*rig.send(numbered(0)))
+    flight = rig.send(*map(numbered, range(1, 5)))
+    rig.arrive(flight[:1])
+    assert rig.connection.replay(rig.one, now=rig.now) == 4
+    again = rig.leave()
+    assert copied(again) == [each.number for each in flight]
+    rig.arrive(again)
+    assert sorted(numbers(rig.delivered)) == [1, 2, 3, 4]
+
+
+def test_a_backup_cannot_begin_anew() -> None:
+    rig = Rig()
+    rig.send(numbered(0))
+    assert rig.connection.replay(rig.two, rig.two, now=rig.now) == 0

@@ -377,6 +377,9 @@ class PeerConnection(SendingConnection):
             rtt = path.metrics.rtt_smoothed or path.metrics.initial_rtt
             if now > path.cid_changed_at + 2 * rtt + CROSSING:
                 self._renew_cid(path)
+                if path is self.active:
+                    # It moved behind the same address: what is in flight may go where it was.
+                    self._engine.replay(path.metrics, now=now)
         path.host_cid = host_cid
 
     def _follow(self, path: NetworkPath, number: int, now: float) -> None:

@@ -146,6 +146,7 @@ void mt_conn_activate(struct mt_conn *c, struct mt_path *p)
         return;
     c->active = c->replay.onto = p;
     c->active_since = c->number;
+    c->settling = true;
     c->pto_count = 0;
     c->woken = false;
     c->pace_at = MT_NEVER;

@@ -217,8 +217,10 @@ struct mt_conn {
 
     struct mt_path paths[MT_PATHS];
     struct mt_path *active;
-    uint64_t active_since; /* number of the first packet since it is: lower datagrams left on paths
-                            * that were left, be they in use again or not */
+    uint64_t active_since; /* number of the first packet since it is, and once one of these was
+                            * acknowledged that one's: lower datagrams are lost to a move, not to
+                            * the path in use */
+    bool settling;         /* none was yet */
     struct mt_path *peer_path; /* where the peer's newest moving packet came from */
     struct mt_path *copies;    /* gets copies of what leaves on the active one; NULL: none does */
     bool copies_all;           /* of everything; otherwise of sparse flows, within a budget */

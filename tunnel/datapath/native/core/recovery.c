@@ -414,8 +414,15 @@ static void on_progress(struct mt_conn *c, struct mt_path *p, const struct progr
     }
     p->last_progress_at = now;
     p->waiting_since = oldest_after(c, p, progress->largest);
-    if (p == c->active)
+    if (p == c->active) {
         c->woken = false;
+        if (c->settling && progress->largest >= c->active_since) {
+            /* What left on a new path before the first that arrived met a NAT, a route or a
+             * neighbour that was not ready yet: the move's loss, which is made good. */
+            c->active_since = progress->largest;
+            c->settling = false;
+        }
+    }
     detect_loss(c, p, now);
 }
 

@@ -149,8 +149,12 @@ static bool consider(struct mt_conn *c, uint64_t number, const struct mt_path *o
 int mt_conn_replay(struct mt_conn *c, struct mt_path *from, struct mt_path *onto, mt_time now)
 {
     int count = 0;
-    if (from == onto || !c->lane || !c->ring)
+    if ((from == onto && from != c->active) || !c->lane || !c->ring)
         return 0;
+    if (from == onto) { /* the peer moved behind the same address: it begins anew */
+        c->active_since = c->number;
+        c->settling = true;
+    }
     c->replay.onto = onto;
     for (uint64_t n = oldest(c); n < c->number; n++) {
         const struct mt_sent *s = sent_entry(c, n);
