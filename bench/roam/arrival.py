@@ -3,7 +3,7 @@
 expansion   from the kernel's word that the new interface has its address to
             "answered"  the first answer to us on its wire: a STUN success response, or a QUIC
                         packet (kernel timestamps of both)
-            "usable"    `status --json` shows a validated path from the new address
+            "usable"    `status --json` shows a warm path from the new address: checked, at hand
 connect     from the first datagram that A's daemon sends, B's being up already, to the first
             packet out of the tunnel at either end
 """
@@ -39,13 +39,13 @@ def expansion(bed: Bed, cell: Cell, settings: Settings) -> Run:
     host, world = cell.mover, bed.world
     local = world.uplink(host, 1).address(bed.network.family)
 
-    def states() -> set[str]:
-        return {str(path["state"]) for path in bed.paths(host) if local in str(path["local"])}
+    def warm() -> bool:
+        return any(path["warm"] for path in bed.paths(host) if local in str(path["local"]))
 
     watched = Watched(bed)
     with closing(Packets(world.hosts[host].space)) as packets:
         happened = world.add_interface(host, 1)
-        usable = bed.until(lambda: "validated" in states(), _PATIENCE, _POLL)
+        usable = bed.until(warm, _PATIENCE, _POLL)
         now = time.monotonic()
         begin = bed.kernels[host].last("address", happened.begin) or happened.end
         seen = [one for one in packets.drain() if one.interface == world.uplink(host, 1).interface]
@@ -61,7 +61,7 @@ def expansion(bed: Bed, cell: Cell, settings: Settings) -> Run:
     run.detail["first_sent_ms"] = ms(sent[0] - begin) if sent else None
     run.event_ms = ms(happened.end - happened.begin)
     gone = remove_interface(world, host, 1)
-    bed.until(lambda: "validated" not in states(), _PATIENCE)
+    bed.until(lambda: not warm(), _PATIENCE)
     run.recovered = bed.settle(gone.end) and run.recovered
     return run
 

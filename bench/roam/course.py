@@ -42,6 +42,8 @@ def measure(
                         run = row.measure(bed, cell, settings)
                         outcome.runs.append(run)
                         bed.failed = run.failed
+                        if row.fresh:
+                            break
         except Failures as error:
             outcome.problem = f"{type(error).__name__}: {error}"
             note(f"  {outcome.problem}")

@@ -21,7 +21,8 @@ class Row:
 
     redundancy: it has a goal with and one without; otherwise it is measured with the default
     only. rival: wireguard-go can do it too. long: a run takes a minute or more, so there are few.
-    built: the bed is nothing but a world, the row starts the daemons itself.
+    fresh: a bed of its own for each run, because a tunnel that has just moved waits before it moves
+    again by choice. built: the bed is nothing but a world, the row starts the daemons itself.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Row:
     redundancy: bool = True
     rival: bool = False
     long: bool = False
+    fresh: bool = False
     built: bool = False
 
     def modes(self, redundancy: str, rival: bool) -> Iterator[Mode]:
@@ -84,6 +86,7 @@ ROWS = (
         "make-before-break",
         "a better interface appears, some time later the old one goes",
         gaps.make_before_break,
+        fresh=True,
     ),
     Row(
         "both",
