@@ -384,6 +384,19 @@ def test_lists_out_of_order_and_lost_ones() -> None:
     assert kept.kind is Kind.PRFLX and not kept.trusted
 
 
+def test_a_port_forward_is_asked_when_the_peer_comes_to_another_address() -> None:
+    agent = agent_with(PEER)
+    now = START
+    while now < START + 5.0:  # silence, long enough for the checks to be seconds apart
+        now = max(now, agent.get_timer() or now) + EPSILON
+        agent.handle_timer(now)
+        agent.datagrams_to_send(now)
+    fresh = Candidate(Address("192.168.7.7", PORT), Kind.HOST, 0, False)
+    agent.remote_candidates(1, [fresh], now)
+    asked = {key.remote for _, key, _ in advance(agent, now, now + 0.02)}
+    assert asked == {PEER, fresh.address}
+
+
 def test_trust() -> None:
     agent = agent_with(Address("198.51.100.1", 1))
     agent.remote_address(Address("198.51.100.2", 1), START, configured=False)

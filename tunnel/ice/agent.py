@@ -148,9 +148,13 @@ class Agent:
         """
         if generation <= self._remotes.generation:
             return
+        before = {remote.address for remote in self._remotes}
         self._remotes.name(generation, candidates, self._list.standing(), now)
         self._list.rebuild()
-        self._list.retry({candidate.address for candidate in candidates})
+        named = {candidate.address for candidate in candidates}
+        self._list.retry(named)
+        if named - before:
+            self._list.retry_configured(now)
 
     def remote_address(self, address: Address, now: float, *, configured: bool = True) -> None:
         """An address that no generation removes: from configuration, and trusted; or, not

@@ -123,6 +123,20 @@ class CheckList:
             ):
                 pair.wait(CHECKS_PER_ADDRESS)
 
+    def retry_configured(self, now: float) -> None:
+        """The peer has come to new addresses: a port forward that the user wrote down, and that led
+        nowhere so far, may lead to one of them."""
+        later = 0
+        for pair in self.pairs.values():
+            if not pair.remote.configured or pair.warm:
+                continue
+            pair.remote.refill(now)  # nobody but the user named it
+            if pair.state is PairState.FAILED:
+                pair.wait(RETRY_CHECKS)
+            elif pair.state is PairState.CHECKING:
+                later += 1
+                pair.ask_at = now + later * PACE
+
     def keep(self, keys: Collection[PathKey]) -> None:
         self.kept = frozenset(keys)
         self._choose()
