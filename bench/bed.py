@@ -218,9 +218,19 @@ class Bed:
         return self.until(self._all_warm, _WARM)
 
     def _all_warm(self) -> bool:
+        return all(self._has_second(host) for host in HOSTS)
+
+    def _has_second(self, host: HostName) -> bool:
+        """A second path is at hand that shares no uplink with the active one, where there are two."""
+        paths = self.paths(host)
+        active = next((path for path in paths if path.get("active")), None)
+        second = next((path for path in paths if path.get("backup") and path.get("warm")), None)
+        if active is None or second is None:
+            return False
+        warm = [path for path in paths if path.get("warm") or path is active]
         return all(
-            any(path.get("warm") and not path.get("active") for path in self.paths(host))
-            for host in HOSTS
+            len({path[end] for path in warm}) == 1 or active[end] != second[end]
+            for end in ("local", "remote")
         )
 
     @staticmethod

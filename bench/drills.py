@@ -31,7 +31,7 @@ from typing import Any
 
 from bench import acts
 from bench.acts import Mover, Turn
-from bench.bed import Bed, Mode
+from bench.bed import STEADY, Bed, Mode
 from bench.figures import quantile
 from bench.options import PROGRAMS, Failures, add_network_options, network, plain
 from bench.roam.runs import ms
@@ -161,8 +161,8 @@ def perform(bed: Bed, drill: Drill, bound: float) -> Done:
         time.sleep(drill.hold)
         event.back(turn)
     back = time.monotonic()
-    if not bed.settle(back, bound):
-        done.stuck = bed.stuck(time.monotonic())
+    if not bed.settle(back, bound + STEADY):
+        done.stuck = bed.stuck(time.monotonic()) or ["unsteady"]
         done.dead = bed.session.closed()
     end = time.monotonic()
     time.sleep(_LANDING + bed.network.rtt)

@@ -412,7 +412,7 @@ class Roaming:
                 rank=rank,
                 rtt=pair.rtt,
                 loss=pair.loss,
-                failed=self._failed.get(pair.key, 0.0) > now,
+                failed=pair.key in self._failed,
             )
         if session is not None and active is not None:
             # Acknowledgements say more of the path in use than checks do.
@@ -443,9 +443,9 @@ class Roaming:
             return
         facts = self.facts(now)
         if self._suspicion is not None:
-            # In a race the path that has answered is the one to bet on.
-            answered = self._suspicion.answered
-            facts = [f for f in facts if not answered or f.key in answered] or facts
+            # In a race a path that has answered is the one to bet on.
+            alive = [f for f in facts if f.key in self._suspicion.answered]
+            facts = alive if any(not f.failed for f in alive) else facts
         metered = self._redundancy == "all" or self._suspicion is not None
         chosen = second(session.active, facts, metered=metered, current=self.second)
         racing = self._suspicion is not None
@@ -653,6 +653,7 @@ class Roaming:
                 times.append(self._wish.since + self._patience(self._wish.since))
             if self._counting is not None:
                 times.append(self._counting[1] + COUNTS_AFTER)
+            times += self._failed.values()
         return min((at for at in times if at is not None), default=None)
 
     def handle_timer(self, now: float) -> None:
@@ -677,6 +678,9 @@ class Roaming:
                 suspicion.port_wanted = True
                 self._emit(PortWanted(session.active.local.host))
             self._ask_all(now)
+        if any(until <= now for until in self._failed.values()):
+            self._failed = {key: until for key, until in self._failed.items() if until > now}
+            self._arrange(now)
         self._count(session, now)
         self._consider(now)
         self.poll(now)

@@ -129,5 +129,6 @@ def _detail(report: Report, begin: float) -> dict[str, Any]:
         "sent": report.sent,
         "unsent": report.unsent,
         "late_ms": ms(report.late),
+        "stall_ms": ms(report.stall),
         "gaps_ms": [[ms(at - begin), ms(length)] for at, length in report.gaps],
     }

@@ -13,7 +13,7 @@ from bench.roam.goals import Goal, goal
 from bench.roam.runs import Cell, Run
 
 _HEAD = (
-    *("event", "end", "way", "redundancy", "runs", "median", "p95", "max", "calm"),
+    *("event", "end", "way", "redundancy", "runs", "median", "p95", "max", "calm", "stall"),
     *("lost", "dup", "ssh max", "dead", "goal", "goal p95", "met"),
 )
 
@@ -129,6 +129,8 @@ def _numbers(outcome: Outcome, way: str) -> Iterator[str]:
     yield from _spread(values)
     calm = [run.detail[way]["calm_ms"] for run in runs if "calm_ms" in run.detail.get(way, {})]
     yield f"{median(calm):.1f}" if calm else "-"
+    stall = [run.detail[way]["stall_ms"] for run in runs if "stall_ms" in run.detail.get(way, {})]
+    yield f"{median(stall):.1f}" if stall else "-"
     counted = any(way in run.lost for run in runs)
     yield str(sum(run.lost.get(way, 0) for run in runs)) if counted else "-"
     yield str(sum(run.duplicated.get(way, 0) for run in runs)) if counted else "-"

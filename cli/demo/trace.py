@@ -129,7 +129,7 @@ class Report:
     """One direction of a stream within a window. Seconds; every gap is beyond the spacing.
 
     gap: the longest silence. gap_at: when it began. late: the largest one-way delay of a probe
-    sent in the window. gaps: (begin, length) of every silence of more than twice the spacing.
+    sent in the window. stall: the longest that the prober itself was late to send. gaps: (begin, length) of every silence of more than twice the spacing.
     closed: the longest silence was ended by an arrival. unsent counts probes that the sender's
     own system refused; they are part of lost.
     """
@@ -143,6 +143,7 @@ class Report:
     duplicated: int
     reordered: int
     late: float
+    stall: float
     gaps: tuple[tuple[float, float], ...]
 
     def as_dict(self) -> dict[str, Any]:
@@ -193,6 +194,9 @@ def report(
         duplicated=sum(count - 1 for count in counts.values()),
         reordered=reordered,
         late=late,
+        stall=max(
+            (after.time - before.time - spacing for before, after in pairwise(window)), default=0.0
+        ),
         gaps=tuple(
             (begin_, length)
             for begin_, length, _ in silences

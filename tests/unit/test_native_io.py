@@ -207,6 +207,8 @@ SIGNATURES: dict[str, tuple[object, tuple[object, ...]]] = {
     "mt_conn_attach": (None, (c_void_p, c_void_p)),
     "mt_conn_set_host_cids": (c_bool, (c_void_p, c_char_p, c_uint32)),
     "mt_conn_timer": (c_int64, (c_void_p,)),
+    "mt_conn_activate": (None, (c_void_p, c_void_p)),
+    "mt_conn_replay": (c_int, (c_void_p, c_void_p, c_void_p, c_int64)),
     "mt_keys_new": (
         c_void_p,
         (c_int, ctypes.POINTER(Secret), ctypes.POINTER(Secret), c_char_p, c_char_p, c_int),
@@ -980,6 +982,26 @@ def test_what_the_pacer_holds_back_leaves_by_the_timer(make: Make) -> None:
     pair.arrived(60)
     assert time.monotonic() - begun > 0.025  # 72,000 bytes; some of them at once
     assert a.counters.udp_writes < 60
+
+
+@pytest.mark.parametrize("race", [False, True])
+def test_replays_leave_although_nothing_else_waits(make: Make, race: bool) -> None:
+    pair = make()
+    a, lib = pair.a, pair.a.lib
+    nowhere, _ = a.add_socket("127.0.0.1")
+    dead = a.add_path(a.number, nowhere.getsockname())
+    lib.mt_conn_activate(a.conn, dead)
+    packets = [packet(bytes([i]) * 1000) for i in range(40)]
+    for each in packets:
+        a.write(each)
+    a.step()
+    assert lib.shim_waiting(a.lanes[0]) == 0 and lib.shim_in_flight(dead) > 0
+    lib.shim_pacing(a.path, 1.0)  # a megabyte a second: the timer must fire for them
+    if not race:
+        lib.mt_conn_activate(a.conn, a.path)
+    assert lib.mt_conn_replay(a.conn, dead, a.path, lib.mt_io_now()) == 40
+    lib.mt_io_transmit(a.io)
+    assert sorted(pair.arrived(40)) == sorted(packets)
 
 
 def test_a_timer_is_only_set_to_fire_earlier(make: Make) -> None:

@@ -313,6 +313,16 @@ def test_waiting_since_the_first_unanswered_packet() -> None:
     assert seen[1:] == 2 * [(None, START + 1.5)], "an old acknowledgement is no progress"
 
 
+def test_a_path_that_becomes_the_active_one_owes_nothing_for_copies_before() -> None:
+    rig = Rig()
+    rig.send(rig.two, 1.0)
+    assert rig.two.waiting_since == START + 1.0
+    rig.connection.activate(rig.two)
+    assert rig.two.waiting_since is None
+    rig.send(rig.two, 1.2)
+    assert rig.two.waiting_since == pytest.approx(START + 1.2)
+
+
 def test_progress_elsewhere_is_no_progress_here() -> None:
     rig = Rig()
     rig.send(rig.one, 1.0)

@@ -189,13 +189,12 @@ def test_what_was_declared_lost_and_then_acknowledged_is_not_replayed() -> None:
 
 def test_a_copy_that_was_acknowledged_stands_for_its_root() -> None:
     rig = Rig()
-    sent = rig.send(*[numbered(i) for i in range(10)])
+    rig.send(*[numbered(i) for i in range(10)])
     rig.switch(rig.two)
     again = rig.leave()
     rig.acked(*again[:6])
     assert rig.switch(rig.one) == 4, "of the six it is known; the others died again"
     assert rig.connection.pending_replay == 4
-    del sent
 
 
 def test_a_second_call_does_not_send_what_is_on_its_way() -> None:
@@ -582,6 +581,15 @@ def test_a_bulk_flow_goes_two_ways_only_as_long_as_nobody_can_know() -> None:
     twice = [numbers([each.payload[3:]])[0] for each in rig.log if each.path is rig.two]
     assert [number for number in twice if number < 1000] == [0, 1, 2]
     assert len([number for number in twice if number >= 1000]) == 10
+
+
+def test_a_flow_that_sent_much_is_sparse_again_after_a_second() -> None:
+    rig = Rig()
+    rig.connection.copies = rig.two
+    rig.send(*[of_flow(1, i, 1400) for i in range(1000)])
+    for pause, sparse in ((0.9, False), (1.2, True)):
+        rig.now += pause
+        assert len(rig.send(of_flow(1, 0, 60))) == 1 + sparse
 
 
 def test_the_budget_of_all_sparse_flows_together() -> None:

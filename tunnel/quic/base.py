@@ -433,8 +433,9 @@ class PathConnection(QuicConnection):
         elif path.peer_cid is not None:
             self._retire_peer_cid(path.peer_cid)
         path.peer_cid = None
-        self._replay(path)  # no acknowledgement comes any more
-        path.metrics.abandon()  # its frames are sent again: the engine reports them lost
+        # No acknowledgement comes any more: frames are sent again, which the engine reports lost,
+        # and it replays the datagrams by itself.
+        path.metrics.abandon()
 
     # paths
 

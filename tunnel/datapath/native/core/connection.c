@@ -149,6 +149,9 @@ void mt_conn_activate(struct mt_conn *c, struct mt_path *p)
     c->pto_count = 0;
     c->woken = false;
     c->pace_at = MT_NEVER;
+    /* Only copies went there so far, and what acknowledges them may have taken a way that is dead
+     * by now: their silence is none of this path. */
+    p->waiting_since = MT_NEVER;
 }
 
 uint64_t mt_path_sendable(const struct mt_path *p)
