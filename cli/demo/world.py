@@ -12,9 +12,9 @@
     B u0   10.2.0.0/24   203.0.113.10    .11   2001:db8:b0::/64           2001:db8:f2::10   ::11
     B u1   10.2.1.0/24   203.0.113.74    .75   2001:db8:b1::/64           2001:db8:f3::10   ::11
 
-B's NATs forward UDP port 4117 to B, unless `forwards` says otherwise. IPv6 is routed without NAT unless `nat66` is set. A host's
-default routes have metric 100 (u0) and 200 (u1). The gateway of a lan is .1 (::1), the host
-starts at .2 (::2).
+B's NATs forward UDP port 4117 to B, unless `forwards` says otherwise. IPv6 is routed without NAT
+unless `nat66` is set. A host's default routes have metric 100 (u0) and 200 (u1). The gateway of a
+lan is .1 (::1), the host starts at .2 (::2).
 
 Every event is a method of `World`, returns when it has happened, and gives the monotonic times of
 its begin and end. `cli.demo.events` has those that are made of several.

@@ -10,6 +10,7 @@ Nothing here is announced by the kernel, unless the test says so.
 from __future__ import annotations
 
 import json
+import re
 import time
 
 import pytest
@@ -29,9 +30,7 @@ def ports(scenario: Scenario, name: HostName) -> set[int]:
     """The UDP ports that a host's tunnel has sockets on."""
     listed = scenario.pair.space(name).run(["ss", "-Hlunp"]).stdout
     mine = f"pid={scenario.pair.processes[name].pid},"
-    return {
-        int(line.split()[3].rpartition(":")[2]) for line in listed.splitlines() if mine in line
-    }
+    return {int(line.split()[3].rpartition(":")[2]) for line in listed.splitlines() if mine in line}
 
 
 def local_port(scenario: Scenario, name: HostName) -> int:
@@ -98,7 +97,7 @@ def test_a_stuck_mapping_is_left_by_a_further_port(make_scenario: MakeScenario) 
         until(lambda: probe.flowing(time.monotonic() - 0.1), lambda: "no probe arrives")
         for way, report in probe.report(begin, time.monotonic() - 0.5).items():
             assert report.lost == 0 and report.gap < SLACK, (way, report)
-    print(scenario.pair.log("A").read_text())
+    assert "resumed" not in scenario.pair.log("A").read_text(), "who thinks that it slept?"
     for name in scenario.world.hosts:
         assert scenario.pair.status(name)["peers"][0]["counters"]["handshakes"] == 1
 
@@ -127,6 +126,14 @@ def test_a_wire_that_carries_one_way_only_is_left(
         print({direction: f"{1000 * gap:.0f} ms" for direction, gap in gone.items()})
         dark = scenario.world.uplink("A", wire).nat.public(4)[0]
         assert dark not in scenario.pair.active_path("B"), "B still sends into the dark"
+
+
+def settled(scenario: Scenario) -> None:
+    """Both ends send on the path that the routes prefer."""
+    until(
+        lambda: all(scenario.pair.active_uplink(name) == 0 for name in scenario.world.hosts),
+        lambda: [scenario.pair.history(name) for name in scenario.world.hosts],
+    )
 
 
 def until_backed_up(scenario: Scenario) -> None:
@@ -171,11 +178,20 @@ def test_with_source_rules(make_scenario: MakeScenario, name: str) -> None:
 
 
 def test_why_says_why(make_scenario: MakeScenario) -> None:
+    """Sentences about paths, the one in use first; the same in JSON; news after a move."""
     scenario = make_scenario()
     scenario.up()
-    for name in scenario.world.hosts:
-        until_warm(scenario, name, backup=True)
-    print(why(scenario, "A"))
-    print(why(scenario, "B"))
-    lines = json.loads(why(scenario, "A", "--json"))
-    assert lines == why(scenario, "A").splitlines()
+    until_backed_up(scenario)
+    settled(scenario)
+    text = why(scenario, "A")
+    print(text)
+    first, *others = text.splitlines()
+    assert re.fullmatch(rf"in use: {re.escape(scenario.pair.active_path('A'))}, because .+", first)
+    assert sum(line.startswith("second: ") for line in others) == 1
+    for line in others:
+        assert re.fullmatch(r"(second|other): \S+>\S+: not used: .+", line), line
+    assert sum("the routes of the two hosts prefer the one in use" in line for line in others) == 3
+    assert sum("it does not answer" in line for line in others) == 4  # private ones of B
+    assert json.loads(why(scenario, "A", "--json")) == text.splitlines()
+    scenario.world.switch_interface("A")
+    until(lambda: "because u0 is down" in why(scenario, "A"), lambda: why(scenario, "A"))
