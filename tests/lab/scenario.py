@@ -47,6 +47,8 @@ def tshark(
     argv = ["tshark", "-n", "-r", str(capture), "-T", "fields", "-E", "header=y", "-E", "quote=d"]
     argv += ["-E", "separator=,", "-E", "occurrence=a", "-E", "aggregator=;"]
     argv += ["-d", f"udp.port=={PORT},{protocol}"]
+    if protocol != "quic":
+        argv += ["--disable-protocol", "quic"]  # which claims flows that begin with an Initial
     if keylog is not None:
         argv += ["-o", f"tls.keylog_file:{keylog}"]
     if where:
