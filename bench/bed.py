@@ -221,7 +221,7 @@ class Bed:
         return all(self._has_second(host) for host in HOSTS)
 
     def _has_second(self, host: HostName) -> bool:
-        """A second path is at hand that shares no uplink with the active one, where there are two."""
+        """A second path that shares no uplink with the active one, where there are two."""
         paths = self.paths(host)
         active = next((path for path in paths if path.get("active")), None)
         second = next((path for path in paths if path.get("backup") and path.get("warm")), None)

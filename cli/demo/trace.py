@@ -129,9 +129,9 @@ class Report:
     """One direction of a stream within a window. Seconds; every gap is beyond the spacing.
 
     gap: the longest silence. gap_at: when it began. late: the largest one-way delay of a probe
-    sent in the window. stall: the longest that the prober itself was late to send. gaps: (begin, length) of every silence of more than twice the spacing.
-    closed: the longest silence was ended by an arrival. unsent counts probes that the sender's
-    own system refused; they are part of lost.
+    sent in the window. stall: the longest that the prober itself was late to send. gaps: (begin,
+    length) of every silence of more than twice the spacing. closed: the longest silence was ended
+    by an arrival. unsent counts probes that the sender's own system refused; they are part of lost.
     """
 
     gap: float
