@@ -59,6 +59,7 @@ def stick(scenario: Scenario, *local: int) -> None:
         }}""")  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_stuck_mapping_is_left_by_a_further_port(make_scenario: MakeScenario) -> None:
     """A's only uplink: the tunnel is back by a socket of another port, which goes when it is no
     longer used: a better interface appears, and the move there loses nothing.

@@ -16,6 +16,8 @@ from contextlib import closing
 from ipaddress import ip_address, ip_network
 from typing import Any
 
+import pytest
+
 from bench.watch import Kernel, Packets
 from cli.demo.netns import Namespace
 from cli.demo.world import PORT, HostName
@@ -61,47 +63,51 @@ def until_warm(scenario: Scenario, name: HostName, **wanted: Any) -> Path:
     return matching()[0]
 
 
-def mapping(scenario: Scenario, name: HostName, index: int) -> str:
-    """What the other end sees of a host's uplink."""
-    host, port = scenario.world.uplink(name, index).nat.public(4)
-    return f"{host}:{port}"
+def local(scenario: Scenario, name: HostName, index: int, family: int = 4) -> str:
+    """The tunnel's socket on a host's uplink."""
+    return str(Address(scenario.world.uplink(name, index).address(family), PORT))
+
+
+def mapping(scenario: Scenario, name: HostName, index: int, family: int = 4) -> str:
+    """What the other end sees of it."""
+    return str(Address(*scenario.world.uplink(name, index).nat.public(family)))
 
 
 # server-reflexive candidates
 
 
+@pytest.mark.parametrize("family", [4, 6])
 def test_stun_opens_the_way_through_a_nat_that_forwards_nothing(
-    make_scenario: MakeScenario,
+    make_scenario: MakeScenario, family: int
 ) -> None:
-    scenario = make_scenario(forwards={"B1": False})
+    scenario = make_scenario(forwards={"B1": False}, families=(family,), nat66=family == 6)
     stun = StunServer(scenario.world, scenario.directory)
     scenario.configure(f'[ice]\nstun = ["{stun.endpoints[0]}"]')
     scenario.up()
-    hole = until_warm(scenario, "A", remote=mapping(scenario, "B", 1))
-    assert hole["rtt_ms"] < 500
     # From both of A's, whose NATs forward nothing either.
-    local = scenario.world.uplink("B", 1).address(4)
     for index in (0, 1):
-        until_warm(scenario, "B", local=f"{local}:{PORT}", remote=mapping(scenario, "A", index))
+        ours, theirs = local(scenario, "A", index, family), mapping(scenario, "A", index, family)
+        until_warm(scenario, "A", local=ours, remote=mapping(scenario, "B", 1, family))
+        until_warm(scenario, "B", local=local(scenario, "B", 1, family), remote=theirs)
 
 
 def test_without_stun_nobody_knows_the_mapping(make_scenario: MakeScenario) -> None:
     """The counter-test: only STUN made the way above."""
     scenario = make_scenario(forwards={"B1": False})
-    local = Address(scenario.world.uplink("B", 1).address(4), PORT)
+    ours = Address.parse(local(scenario, "B", 1))
     with closing(Packets(scenario.pair.space("B"))) as packets:
         scenario.up()
-        until_warm(scenario, "A", local=f"{scenario.world.uplink('A', 1).address(4)}:{PORT}")
+        until_warm(scenario, "A", local=local(scenario, "A", 1))
         asked = 0
 
         def asked_often() -> bool:
             nonlocal asked
             seen = packets.drain()
-            asked += sum(one.source == local and one.first[:2] == STUN_REQUEST for one in seen)
+            asked += sum(one.source == ours and one.first[:2] == STUN_REQUEST for one in seen)
             return asked >= 20
 
         until(asked_often, lambda: asked, PATIENCE)
-    mine = [path for path in paths(scenario, "B") if path["local"] == str(local)]
+    mine = [path for path in paths(scenario, "B") if path["local"] == str(ours)]
     assert mine and not any(path["warm"] for path in mine)
 
 
@@ -201,8 +207,7 @@ def test_addresses_that_lead_to_no_peer_are_neither_told_nor_used(
         for name in spaces:
             for family in (4, 6):
                 for uplink in scenario.world.hosts[name].uplinks:
-                    local = uplink.address(family)
-                    until_warm(scenario, name, local=lambda at, local=local: ip(at) == local)
+                    until_warm(scenario, name, local=local(scenario, name, uplink.index, family))
         seen = [one for one in at_a.drain() + at_b.drain() if one.interface != "mt0"]
     assert len(seen) > 100
     ends = {end[0] for one in seen for end in (one.source, one.target)}
@@ -269,7 +274,7 @@ def test_a_new_interface_is_a_warm_path_in_two_round_trips(
         closing(Kernel(scenario.pair.space("A"))) as kernel,
     ):
         happened = scenario.world.add_interface("A")
-        until_warm(scenario, "A", local=f"{uplink.address(4)}:{PORT}")
+        until_warm(scenario, "A", local=local(scenario, "A", 1))
         begin = kernel.last("default route", happened.begin) or happened.end
         seen = [one for one in packets.drain() if one.interface == uplink.interface]
     asked = min(one.time for one in seen if one.leaves)
@@ -285,7 +290,7 @@ def test_no_copies_travel_over_a_metered_interface(make_scenario: MakeScenario) 
     scenario = make_scenario(uplinks=(2, 2))
     scenario.configure('[paths]\nmetered = ["u1"]\nredundancy = "interactive"', ["A"])
     scenario.up()
-    spared = f"{scenario.world.uplink('A', 1).address(4)}:{PORT}"
+    spared = local(scenario, "A", 1)
     with scenario.probing():
         path = until_warm(scenario, "A", local=spared)
         assert path["metered"] and not path["active"] and not path["backup"]

@@ -115,10 +115,10 @@ def test_nothing_on_the_second_path_moves_a_peer(make_scenario: MakeScenario) ->
     until_backed_up(scenario)
     world = scenario.world
     active = frozenset((world.uplink("A").nat.public(4), world.uplink("B").nat.public(4)))
-    with scenario.probing(spacing=0.02):
+    with scenario.probing(spacing=0.02) as probe:
         moves = [len(scenario.pair.history(name)) for name in world.hosts]
-        begin = time.time()
-        until(lambda: time.time() > begin + 2.0, lambda: None)
+        begin, later = time.time(), time.monotonic() + 2.0
+        until(lambda: probe.flowing(later), lambda: "no probe arrives")
         assert moves == [len(scenario.pair.history(name)) for name in world.hosts]
         end = time.time()
         world.switch_interface("A")
