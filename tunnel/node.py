@@ -45,7 +45,8 @@ FEATURES = ("copies", BENCH_FEATURE)
 STUN_SERVERS = ""
 """Stands for them where names are resolved for a peer; no peer has this name."""
 PORT_TRIAL = 10.0
-"""Seconds that a further local port gets to become the one in use."""
+"""Seconds that a further local port gets to become the one in use, and that it stays after it was:
+the peer may go on sending there for a while."""
 CLOSE_LINGER = 0.2  # seconds for the last datagrams of a closing node
 
 
@@ -81,7 +82,7 @@ class Node:
         self.datapath = Datapath(peer.allowed_ips for peer in config.peers)
         self._ledger = Ledger()
         self._surroundings = Surroundings(LocalNetwork(), 0)
-        self._extra: dict[Address, float] = {}  # further local ports, and since when
+        self._extra: dict[Address, float] = {}  # further local ports, and when each was in use last
         self._by_cid: dict[bytes, Session] = {}
         self._owners: dict[Session, Peer | None] = {}
         self._by_engine: dict[Connection, Session] = {}
@@ -328,8 +329,8 @@ class Node:
         if at is None or now < at:
             return
         used = {session.active.local for session in self._owners}
-        for local, opened_at in list(self._extra.items()):
-            if local not in used and now >= opened_at + PORT_TRIAL:
+        for local, used_at in list(self._extra.items()):
+            if local not in used and now >= used_at + PORT_TRIAL:
                 del self._extra[local]
                 self._events.append(PortUnwanted(local))
         self._ports_changed(now)
@@ -432,6 +433,8 @@ class Node:
 
     def _after(self, session: Session, now: float) -> None:
         """Everything that an input to a session may have caused."""
+        if session.active.local in self._extra:
+            self._extra[session.active.local] = now
         for event in session.events():
             owner = self._owners.get(session)
             if isinstance(event, CidIssued):

@@ -75,5 +75,5 @@ def _against(path: Facts, active: Facts) -> str:
     if reason is not None:
         return f"clearly better ({reason}); it is moved to once it has been for a while"
     if order([path, active])[0] is active:
-        return f"not used: {why_before(active, path)}, said of the one in use"
+        return f"not used: {why_before(active, path, one='the one in use', other='it')}"
     return f"a little better ({why_before(path, active)}), but not enough to move for"

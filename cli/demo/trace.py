@@ -130,7 +130,8 @@ class Report:
 
     gap: the longest silence. gap_at: when it began. late: the largest one-way delay of a probe
     sent in the window. stall: the longest that the prober itself was late to send. gaps: (begin,
-    length) of every silence of more than twice the spacing.
+    length) of every silence of more than twice the spacing. closed: the longest silence was ended
+    by an arrival. unsent counts probes that the sender's own system refused; they are part of lost.
     """
 
     gap: float

@@ -12,9 +12,9 @@
     B u0   10.2.0.0/24   203.0.113.10    .11   2001:db8:b0::/64           2001:db8:f2::10   ::11
     B u1   10.2.1.0/24   203.0.113.74    .75   2001:db8:b1::/64           2001:db8:f3::10   ::11
 
-B's NATs forward UDP port 4117 to B. IPv6 is routed without NAT unless `nat66` is set. A host's
-default routes have metric 100 (u0) and 200 (u1). The gateway of a lan is .1 (::1), the host
-starts at .2 (::2).
+B's NATs forward UDP port 4117 to B, unless `forwards` says otherwise. IPv6 is routed without NAT
+unless `nat66` is set. A host's default routes have metric 100 (u0) and 200 (u1). The gateway of a
+lan is .1 (::1), the host starts at .2 (::2).
 
 Every event is a method of `World`, returns when it has happened, and gives the monotonic times of
 its begin and end. `cli.demo.events` has those that are made of several.
@@ -135,9 +135,10 @@ class World:
 
     families: address families outside the tunnel. delay: seconds each way on each wire. nat66:
     translate IPv6 too, at both hosts or at one of them. uplinks: how many uplinks A and B have at
-    the start (`add_interface` adds one). kinds: NAT kind by uplink name. nats: a factory by uplink
-    name for NATs of another make, called when their router stands without rules. source_rules:
-    policy rules by source address, as many multi-homed desktops have them.
+    the start (`add_interface` adds one). kinds: NAT kind by uplink name. forwards: whether the NAT
+    forwards the tunnel's port, by uplink name; if not said, B's do and A's do not. nats: a factory
+    by uplink name for NATs of another make, called when their router stands without rules.
+    source_rules: policy rules by source address, as many multi-homed desktops have them.
     """
 
     def __init__(
@@ -148,6 +149,7 @@ class World:
         uplinks: tuple[int, int] = (2, 2),
         nat66: bool | HostName = False,
         kinds: Mapping[str, Kind] | None = None,
+        forwards: Mapping[str, bool] | None = None,
         nats: Mapping[str, NatFactory] | None = None,
         source_rules: bool = False,
         directory: Path | None = None,
@@ -156,6 +158,7 @@ class World:
         self.delay = delay
         self.nat66 = nat66
         self.kinds = dict(kinds or {})
+        self.forwards = dict(forwards or {})
         self.source_rules = source_rules
         self._nats = dict(nats or {})
         self._counts = uplinks
@@ -269,7 +272,7 @@ class World:
                 for family in translated
             },
             kind=self.kinds.get(uplink.name, "port-restricted"),
-            forward=uplink.host == "B",
+            forward=self.forwards.get(uplink.name, uplink.host == "B"),
         )
 
     def _start_link(self, stack: ExitStack) -> None:

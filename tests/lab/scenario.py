@@ -26,22 +26,29 @@ from bench.capture import CORE_INTERFACES, Capture
 from cli.demo.netns import command
 from cli.demo.pair import INNER, Pair, Session
 from cli.demo.probe import Probe
-from cli.demo.world import IMPORT_ROOT, PORT, World
+from cli.demo.world import IMPORT_ROOT, PORT, HostName, World
 
 ARTIFACTS = Path(IMPORT_ROOT) / "artifacts"
 
 
 def tshark(
-    capture: Path, fields: Sequence[str], where: str = "", keylog: Path | None = None
+    capture: Path,
+    fields: Sequence[str],
+    where: str = "",
+    keylog: Path | None = None,
+    *,
+    protocol: str = "quic",
 ) -> list[dict[str, str]]:
     """Fields of each packet that matches the display filter, decrypted with the keylog.
 
-    Our UDP port is decoded as QUIC whatever the packet looks like. Several values of a field are
-    joined by commas.
+    Our UDP port is decoded as `protocol` whatever the packet looks like. Several values of a field
+    are joined by semicolons.
     """
     argv = ["tshark", "-n", "-r", str(capture), "-T", "fields", "-E", "header=y", "-E", "quote=d"]
     argv += ["-E", "separator=,", "-E", "occurrence=a", "-E", "aggregator=;"]
-    argv += ["-d", f"udp.port=={PORT},quic"]
+    argv += ["-d", f"udp.port=={PORT},{protocol}"]
+    if protocol != "quic":
+        argv += ["--disable-protocol", "quic"]  # which claims flows that begin with an Initial
     if keylog is not None:
         argv += ["-o", f"tls.keylog_file:{keylog}"]
     if where:
@@ -102,6 +109,12 @@ class Scenario:
         if not self.failed:
             shutil.rmtree(self.directory, ignore_errors=True)
 
+    def configure(self, toml: str, names: Sequence[HostName] = ("A", "B")) -> None:
+        """Add tables to the configurations of these hosts, before they are up."""
+        for name in names:
+            with self.pair.config(name).open("a") as file:
+                file.write(toml + "\n")
+
     def up(self, timeout: float = 20.0) -> None:
         """Start both tunnels and wait until packets pass."""
         self.pair.up(timeout)
@@ -136,11 +149,13 @@ class Scenario:
         finally:
             session.stop()
 
-    def decoded(self, fields: Sequence[str], where: str = "") -> list[dict[str, str]]:
+    def decoded(
+        self, fields: Sequence[str], where: str = "", *, protocol: str = "quic"
+    ) -> list[dict[str, str]]:
         """Fields of the packets between the NATs, decrypted; ends the capture."""
         assert self.capture is not None
         self.capture.stop()
-        return tshark(self.capture.path, fields, where, self.keylog)
+        return tshark(self.capture.path, fields, where, self.keylog, protocol=protocol)
 
 
 def requirements() -> str:
@@ -149,7 +164,7 @@ def requirements() -> str:
         return "needs root"
     if not os.path.exists("/dev/net/tun"):
         return "needs /dev/net/tun"
-    tools = ("ip", "nft", "conntrack", "ping", "dumpcap", "tshark")
+    tools = ("ip", "nft", "conntrack", "ping", "dumpcap", "tshark", "turnserver")
     missing = [tool for tool in tools if shutil.which(tool) is None]
     if missing:
         return f"needs {', '.join(missing)}"

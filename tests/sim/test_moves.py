@@ -16,6 +16,7 @@ from tests.sim.flows import SPACING, Flow
 from tests.sim.roam import MAX_QUEUED_BYTES, MAX_QUEUED_PACKETS
 from tests.sim.world import PORT, Uplink, World, numbered
 from tunnel.datapath.congestion import ModelController
+from tunnel.node import PORT_TRIAL
 from tunnel.path.network import Address
 from tunnel.quic.paths import START_MTU, NetworkPath
 
@@ -444,6 +445,28 @@ def test_own_second_uplink_is_found_when_the_first_goes_silent() -> None:
     assert pair.from_a.silence(at) <= 5 * RTT + 0.15
     assert pair.from_b.silence(at) <= 5 * RTT + 0.15
     assert world.active("a").local.host == world.a.uplinks[1].ip
+    pair.finish()
+
+
+def test_a_further_port_stays_for_a_while_when_it_was_used() -> None:
+    """The way out of a stuck mapping, left for a better interface: the peer may send there yet."""
+    better = a_wlan(metric=50, up=False)
+    pair = running(a=[a_eth(), better])
+    world = pair.world
+
+    def event() -> None:
+        world.a.uplinks[0].dead_ports.add(PORT)
+
+    after(pair, event, PORT_TRIAL + 2)
+    further = world.active("a").local
+    assert further.port != PORT and world.a.ports == {further}
+    at = after(pair, lambda: world.link("a", better, up=True), 3.0)
+    assert world.active("a").local.host == better.ip
+    assert world.a.ports == {further}
+    for flow in (pair.from_a, pair.from_b):
+        assert flow.lost(since=at, until=world.now - 0.1) == []
+    world.run(PORT_TRIAL)
+    assert world.a.ports == set()
     pair.finish()
 
 

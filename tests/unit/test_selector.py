@@ -149,6 +149,7 @@ def test_what_counts_and_in_what_order(worse: dict[str, Any], words: str) -> Non
     good, bad = facts(ETH), facts(WLAN, **worse)
     assert order([bad, good]) == [good, bad]
     assert words in why_before(good, bad)
+    assert "THAT" in why_before(good, bad, one="THAT", other="THAT")
 
 
 def test_each_criterion_counts_more_than_all_behind_it() -> None:

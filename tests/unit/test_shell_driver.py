@@ -563,6 +563,17 @@ def test_after_a_jump_the_network_is_read_and_then_the_node_told(
     run(test)
 
 
+def test_what_has_long_been_due_is_no_jump() -> None:
+    async def test(world: World) -> None:
+        world.start()
+        world.driver._turn(lambda now: setattr(world.node, "timer", now - 60.0))
+        world.driver._turn(lambda now: None)
+        assert not world.node.named("resumed")
+        await world.until(lambda: bool(world.node.named("handle_timer")))
+
+    run(test)
+
+
 def test_the_engines_news_wait_for_word_of_a_jump(monkeypatch: pytest.MonkeyPatch) -> None:
     async def test(world: World) -> None:
         world.start()

@@ -64,20 +64,21 @@ def _key(path: Facts) -> tuple[bool, bool, bool, bool, int, float, PathKey]:
     )  # fmt: skip
 
 
-def why_before(better: Facts, worse: Facts) -> str:
-    """In words, the first thing that puts one path before another."""
+def why_before(better: Facts, worse: Facts, *, one: str = "it", other: str = "the other") -> str:
+    """In words, the first thing that puts one path before another; what to call the two of them."""
     if better.warm != worse.warm:
-        return "it answers, the other does not"
+        return f"{one} answers, {other} does not"
     if better.failed != worse.failed:
-        return "the other was found dead lately"
+        return f"{other} was found dead lately"
     if better.relayed != worse.relayed:
-        return "it is direct, the other relayed"
+        return f"{one} is direct, {other} relayed"
     if better.metered != worse.metered:
-        return "the other is metered"
+        return f"{other} is metered"
     if better.rank != worse.rank:
-        return "the routes of the two hosts prefer its interfaces"
+        return f"the routes of the two hosts prefer {one}"
     if better.rtt is not None and worse.rtt is not None and better.rtt < worse.rtt:
-        return f"its round trip is shorter ({better.rtt * 1e3:.1f} ms, not {worse.rtt * 1e3:.1f})"
+        times = f"{better.rtt * 1e3:.1f} ms, not {worse.rtt * 1e3:.1f}"
+        return f"{one} has the shorter round trip ({times})"
     return "nothing tells them apart, and one has to be first"
 
 
@@ -86,25 +87,25 @@ def clearly_better(path: Facts, active: Facts) -> str | None:
     if not path.warm or path.failed or path.key == active.key:
         return None
     for worse, better, reason in (
-        (active.relayed, path.relayed, "direct instead of relayed"),
-        (active.metered, path.metered, "not metered"),
+        (active.relayed, path.relayed, "it is direct, not relayed"),
+        (active.metered, path.metered, "it is not metered"),
     ):
         if worse != better:
             return reason if worse else None
     if path.loss > active.loss + LOSS_GAIN:
         return None
     if active.loss > path.loss + LOSS_GAIN:
-        return "fewer losses"
+        return "it loses less"
     if path.rtt is None or active.rtt is None:
-        return "preferred by the routes" if path.rank < active.rank else None
+        return "the routes prefer it" if path.rank < active.rank else None
     if path.rank < active.rank:
         tolerated = active.rtt * RANK_TOLERANCE + RANK_TOLERANCE_MINIMUM
-        return "preferred by the routes" if path.rtt <= tolerated else None
+        return "the routes prefer it" if path.rtt <= tolerated else None
     if path.rank > active.rank:
         tolerated = path.rtt * RANK_TOLERANCE + RANK_TOLERANCE_MINIMUM
-        return "much shorter round trip" if active.rtt > 1.25 * tolerated else None
+        return "its round trip is much shorter" if active.rtt > 1.25 * tolerated else None
     gain = min(active.rtt * RTT_GAIN, active.rtt - RTT_GAIN_MINIMUM)
-    return "shorter round trip" if path.rtt < gain else None
+    return "its round trip is shorter" if path.rtt < gain else None
 
 
 def second(

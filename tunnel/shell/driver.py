@@ -336,7 +336,8 @@ class Driver:
             deadline = max(deadline, now + BREATHER)
         if self._heartbeat <= now:
             self._heartbeat = now + HEARTBEAT
-        deadline = min(deadline, self._heartbeat)
+        # What became due in this turn, however long ago, would look as if the process had slept.
+        deadline = max(min(deadline, self._heartbeat), now)
         # A deadline that moved away is left armed: one idle wake-up costs less than a system call
         # for each packet.
         if deadline < self._alarm.deadline and not self._stopped.done():

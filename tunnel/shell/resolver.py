@@ -37,7 +37,8 @@ class Resolver:
     """Resolves the endpoints of peers.
 
     `resolved` gets a peer and all its addresses known so far, in the order of its endpoints: at
-    once for literal addresses, and again whenever a name has an answer.
+    once for literal addresses, and again whenever a name has an answer. STUN servers are resolved
+    like a peer without a name.
     """
 
     def __init__(
@@ -111,12 +112,14 @@ class Resolver:
         if not addresses:
             delay = min(LAST_RETRY, FIRST_RETRY * 2.0**answer.failures)
             tell = _log.debug if answer.failures else _log.warning
-            tell("cannot resolve", peer=peer, endpoint=endpoint, error=problem, retry_s=delay)
+            fields = _whose(peer)
+            tell("cannot resolve", **fields, endpoint=endpoint, error=problem, retry_s=delay)
             answer.failures += 1
             answer.timer = self._loop.call_later(delay, self._start, peer, endpoint, answer)
             return
         if addresses != answer.addresses:
-            _log.info("resolved", peer=peer, endpoint=endpoint, to=",".join(map(str, addresses)))
+            found = ",".join(map(str, addresses))
+            _log.info("resolved", **_whose(peer), endpoint=endpoint, to=found)
         answer.failures = 0
         answer.addresses = addresses
         self._report(peer)
@@ -140,6 +143,11 @@ class _Answer:
         if self.timer is not None:
             self.timer.cancel()
             self.timer = None
+
+
+def _whose(peer: str) -> dict[str, str]:
+    """A field of the log: whose name it is."""
+    return {"peer": peer} if peer else {"of": "stun"}
 
 
 _log = Log("resolver")
