@@ -128,12 +128,12 @@ class CheckList:
         nowhere so far, may lead to one of them."""
         later = 0
         for pair in self.pairs.values():
-            if not pair.remote.configured or pair.warm:
+            if not pair.remote.configured:
                 continue
             pair.remote.refill(now)  # nobody but the user named it
             if pair.state is PairState.FAILED:
                 pair.wait(RETRY_CHECKS)
-            elif pair.state is PairState.CHECKING:
+            elif pair.state is not PairState.WAITING:
                 later += 1
                 pair.ask_at = now + later * PACE
 
