@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from tunnel.config import Redundancy
 from tunnel.control import CandidateEntry, Candidates, Observed
@@ -420,24 +420,21 @@ class Roaming:
                 metered=pair.metered,
                 rank=rank,
                 rtt=pair.rtt,
+                rtt_variance=pair.rtt_variance,
                 loss=pair.loss,
                 failed=pair.key in self._failed,
             )
         if session is not None and active is not None:
             # Acknowledgements say more of the path in use than checks do.
             metrics = session.connection.active.metrics
-            known = found.get(active)
-            found[active] = Facts(
-                active,
+            known = found.get(active) or Facts(active, warm=True, rank=self._rank(active))
+            measured = metrics.rtt_smoothed if metrics.has_rtt else None
+            found[active] = replace(
+                known,
                 warm=self._suspicion is None,
-                relayed=known.relayed if known else False,
-                metered=known.metered if known else False,
-                rank=known.rank if known else self._rank(active),
-                rtt=known.rtt if known and known.rtt is not None else (
-                    metrics.rtt_smoothed if metrics.has_rtt else None
-                ),
-                loss=known.loss if known else 0.0,
-            )  # fmt: skip
+                rtt=measured if known.rtt is None else known.rtt,
+                failed=False,
+            )
         return list(found.values())
 
     def _rank(self, key: PathKey) -> int:

@@ -169,6 +169,7 @@ def test_each_criterion_counts_more_than_all_behind_it() -> None:
         ({"rtt": 0.019}, {}, False),  # within what varies by itself
         ({"rtt": 0.012}, {}, True),
         ({"rtt": 0.003}, {"rtt": 0.004}, False),  # a quarter, but a millisecond
+        ({"rtt": 0.012}, {"rtt_variance": 0.01}, False),  # less than it varies
         ({"relayed": True, "rtt": 0.001}, {}, False),
         ({}, {"relayed": True, "rtt": 0.001}, True),
         ({"metered": True, "rtt": 0.001}, {}, False),
@@ -177,8 +178,9 @@ def test_each_criterion_counts_more_than_all_behind_it() -> None:
         ({"rtt": 0.2}, {"rank": 1}, False),
         ({"rank": 1, "rtt": 0.01}, {"rtt": 0.06}, False),
         ({"rank": 1, "rtt": 0.01}, {"rtt": 0.2}, True),  # preferred, but far too slow
-        ({"loss": 0.3}, {"rtt": 0.1}, False),
-        ({}, {"loss": 0.3}, True),
+        ({"loss": 0.4}, {"rtt": 0.1}, False),
+        ({}, {"loss": 0.4}, True),
+        ({}, {"loss": 0.25}, False),  # two checks in a row
         ({"warm": False}, {"rtt": 0.1}, False),
         ({"failed": True}, {"rtt": 0.1}, False),
         ({"rtt": None}, {"rank": 1}, True),

@@ -18,13 +18,14 @@ from dataclasses import dataclass, field
 from tunnel.path.network import Address, LocalNetwork, PathKey, is_usable_remote
 
 RTT_GAIN, RTT_GAIN_MINIMUM = 0.8, 0.005
-"""A round trip is clearly shorter when it is at most this share of the other, and this many seconds
-less: a fifth of 20 ms is what a busy Wi-Fi varies by itself."""
+"""A round trip is clearly shorter when it is at most this share of the other, this many seconds
+less, and less by more than both vary: a fifth of 20 ms is what a busy Wi-Fi varies by itself."""
 RANK_TOLERANCE, RANK_TOLERANCE_MINIMUM = 2.0, 0.050
 """A preferred interface is used although its round trip is longer, up to twice the other's and
 50 ms more: beyond that people notice, and the order of metrics was hardly meant so."""
-LOSS_GAIN = 0.1
-"""Share of checks lost that makes a path clearly worse."""
+LOSS_GAIN = 0.3
+"""Share of checks lost that makes a path clearly worse. It is a mean of about eight checks, so that a
+single one of them is an eighth, and two in a row are a quarter."""
 SETTLE = 1.0
 """Seconds that a path must have been clearly better before it is moved to, at first."""
 SETTLE_LIMIT = 60.0
@@ -46,6 +47,8 @@ class Facts:
     rank: int = 0
     """Of the interfaces by the routes of both ends, added; lower is preferred."""
     rtt: float | None = None
+    rtt_variance: float = 0.0
+    """How much it varies (RFC 6298 section 2)."""
     loss: float = 0.0
     """Share of the latest checks that were not answered."""
     failed: bool = False
@@ -104,7 +107,8 @@ def clearly_better(path: Facts, active: Facts) -> str | None:
     if path.rank > active.rank:
         tolerated = path.rtt * RANK_TOLERANCE + RANK_TOLERANCE_MINIMUM
         return "its round trip is much shorter" if active.rtt > 1.25 * tolerated else None
-    gain = min(active.rtt * RTT_GAIN, active.rtt - RTT_GAIN_MINIMUM)
+    varies = max(RTT_GAIN_MINIMUM, active.rtt_variance + path.rtt_variance)
+    gain = min(active.rtt * RTT_GAIN, active.rtt - varies)
     return "its round trip is shorter" if path.rtt < gain else None
 
 
