@@ -52,7 +52,9 @@ class Packet:
 
 def packets(scenario: Scenario) -> list[Packet]:
     # Every datagram passes two interfaces of the core; one of them is enough.
-    rows = scenario.decoded(FIELDS, f'udp.port == 4117 && frame.interface_name == "a0" && !({STUN})')
+    rows = scenario.decoded(
+        FIELDS, f'udp.port == 4117 && frame.interface_name == "a0" && !({STUN})'
+    )
     return [Packet(row) for row in rows]
 
 
