@@ -16,7 +16,9 @@ from tunnel.quic.control_stream import Session
 
 DIAL_STAGGER = 0.05
 """Seconds between the first Initials on different paths: the best one usually answers first."""
-DIAL_PATHS = 8
+DIAL_PATHS = 16
+"""At once: four uplinks to four addresses. What is beyond has its turn when nobody answered."""
+MAX_PATHS = 100
 DIAL_TIMEOUT = 5.0
 """Seconds until a handshake that nobody answered is begun anew, names resolved again."""
 HANDSHAKE_PATIENCE = 3.0
@@ -48,6 +50,8 @@ class Dialler:
         self._at: float | None = None
         self._queue: list[tuple[float, PathKey]] = []
         self._resolving = False
+        self._unanswered = 0
+        """Handshakes that nobody answered."""
 
     # what the peer wants
 
@@ -112,6 +116,7 @@ class Dialler:
         while self._queue and self._queue[0][0] <= now:
             session.connection.add_dial_path(self._queue.pop(0)[1])
         if now >= self._expires(session):
+            self._unanswered += session.connection.heard_at is None
             session.close(ApplicationError.NO_ERROR, "no answer")
             self.session = None
             self.want(now)
@@ -136,7 +141,11 @@ class Dialler:
         self._queue_paths(now)
 
     def _paths(self) -> list[PathKey]:
-        return candidates(self._network, self._port, self.resolved, limit=DIAL_PATHS)
+        found = candidates(self._network, self._port, self.resolved, limit=MAX_PATHS)
+        if len(found) <= DIAL_PATHS:
+            return found
+        first = self._unanswered * DIAL_PATHS % len(found)
+        return [*found[first:], *found[:first]][:DIAL_PATHS]
 
     def _queue_paths(self, now: float) -> None:
         if self.session is None:

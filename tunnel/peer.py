@@ -138,6 +138,7 @@ class Peer:
         """The host or the process slept: whatever was known about paths is old."""
         if self.session is None:
             self.dialler.hurry(now)
+        self._revived_at = now  # the silence was ours
         self.roaming.resumed(now)
 
     def send_failed(self, key: PathKey, now: float) -> None:
@@ -314,7 +315,7 @@ class Peer:
         if self.state != "up":
             self.state = "up"
             self._emit(PeerUp(self.name))
-        self.lane.recover(now)
+        self._revive(now)
 
     @property
     def expectant(self) -> bool:

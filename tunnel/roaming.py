@@ -438,9 +438,10 @@ class Roaming:
         return list(found.values())
 
     def _rank(self, key: PathKey) -> int:
-        sources = self.surroundings.network.sources(key.remote.host)
-        places = [number for number, a in enumerate(sources) if a.ip == key.local.host]
-        return places[0] if places else len(sources)
+        """Equal routes, equal ranks, as the peer is told: ends that do not rank alike would each
+        move the other away from the path it prefers."""
+        places = self.surroundings.network.places(key.remote.host)
+        return places.get(key.local.host, len(places))
 
     def _arrange(self, now: float) -> None:
         """Keep the right paths warm, and the second one at hand."""
@@ -623,10 +624,13 @@ class Roaming:
         verdict_at = self._verdict_at(session)
         if suspicion is not None and verdict_at is not None and now >= verdict_at:
             dead = session.active
+            known = [p.key for p in order(self.facts(now)) if p.key in suspicion.answered]
+            if not known:
+                suspicion.answered.clear()  # they are gone, with their address or the peer's
+                return
             self._failed[dead] = now + FAILED_MEMORY
-            best = next(p.key for p in order(self.facts(now)) if p.key in suspicion.answered)
             self._move(
-                session, best, suspicion.trigger, f"{dead} fell silent",
+                session, known[0], suspicion.trigger, f"{dead} fell silent",
                 at=suspicion.silent_since, detected=suspicion.since, now=now,
             )  # fmt: skip
 

@@ -9,11 +9,13 @@ from aioquic.buffer import encode_uint_var
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from tests.sim.flows import Flow
-from tests.sim.test_moves import OWD, RTT, a_eth, running
+from tests.sim.test_moves import OWD, RTT, a_eth, a_wlan, b_eth, b_wlan, running
 from tests.sim.world import PORT, Host, World, numbered
-from tunnel.control import ApplicationError, Hello, encode
+from tunnel.control import ApplicationError, CandidateEntry, Candidates, Hello, encode
 from tunnel.datapath.engine import Datapath
 from tunnel.events import PeerRefused
+from tunnel.ice.checklist import PACE
+from tunnel.ice.pair import CHECKS_PER_ADDRESS, PairState
 from tunnel.identity import Identity
 from tunnel.path.network import Address, PathKey
 from tunnel.quic.admission import MAX_HALF_OPEN, RETRY_ABOVE, token_maker
@@ -464,3 +466,127 @@ def test_a_peer_that_claims_a_thousand_addresses() -> None:
     world.tap = None
     world.run(1.0)
     pair.finish()
+
+
+@pytest.mark.parametrize("spoofs", [False, True])
+def test_an_attacker_who_forwards_checks_too_captures_nothing(spoofs: bool) -> None:
+    """He carries everything both ways, faster, until both ends hold his address for one of the
+    other's; then he keeps what he gets.
+
+    `spoofs`: what he carries arrives from the address it was sent to, as if he were not there.
+    """
+    pair = running(a=[a_eth(restricted=False), a_wlan(restricted=False)], b=[b_eth(), b_wlan()])
+    world = pair.world
+    carries = True
+    spoken_to: dict[str, Address] = {}
+    """By the host, the address of the other that it last sent to."""
+
+    def tap(host: Host, key: PathKey, data: bytes) -> None:
+        if key.remote.host != EVIL.host:
+            spoken_to[host.name] = key.remote
+            world.deliver(EVIL, key.remote, data, OWD / 2)
+
+    def keeper(source: Address, target: Address, data: bytes) -> None:
+        sender = "a" if source.host in {u.public_ip for u in world.a.uplinks} else "b"
+        other = "b" if sender == "a" else "a"
+        if carries and spoken_to.keys() == {"a", "b"}:
+            seen_from = spoken_to[other] if spoofs else EVIL
+            world.deliver(seen_from, spoken_to[sender], data, OWD / 2)
+
+    def believed(name: str) -> bool:
+        pairs = world.peer(name).roaming.agent.pairs()
+        return any(p.key.remote == EVIL and p.state is PairState.WARM for p in pairs)
+
+    world.tap, world.outsiders[EVIL.host] = tap, keeper
+    for turn in range(6):
+        carries = True
+        world.run(3.0)
+        assert turn > 0 or (believed("a") and believed("b"))
+        carries = False
+        at = world.now
+        world.run(1.0)
+        for flow in (pair.from_a, pair.from_b):
+            assert flow.silence(at) <= RTT + 0.05
+            assert flow.lost(since=at - 0.5, until=world.now - 0.2) == []
+    for flow in (pair.from_a, pair.from_b):
+        assert flow.duplicated == 0
+    moves = sum(len(host.node.history()) for host in world.hosts.values())
+    assert moves <= 40, "the attacker keeps the ends busy"
+    world.tap = None
+    world.outsiders[EVIL.host] = lambda source, target, data: None
+    world.run(1.0)
+    assert world.active("a").remote.host != EVIL.host
+    assert world.active("b").remote.host != EVIL.host
+    pair.finish()
+
+
+class Liar(Hand):
+    """An authentic peer that names addresses of others, and never answers a check."""
+
+    def __init__(self, world: World) -> None:
+        super().__init__(world, world.a.identity)
+        self.checks: list[tuple[float, Address]] = []
+        for number in range(1, 251):
+            world.outsiders[f"192.0.3.{number}"] = self._victim
+        world.run(0.2)
+        self.say(encode(hello()))
+        world.run(0.2)
+        assert world.state("b") == "up"
+
+    def _victim(self, source: Address, target: Address, data: bytes) -> None:
+        self.checks.append((self.world.now, target))
+
+    def name(self, generation: int, victims: list[Address]) -> None:
+        entries = tuple(CandidateEntry(str(v), "host", 0, False) for v in victims)
+        self.say(encode(Candidates(generation=generation, candidates=entries)))
+
+    def most(self, seconds: float) -> int:
+        """The most checks that one address got in any such time."""
+        by_address: dict[Address, list[float]] = {}
+        for at, address in self.checks:
+            by_address.setdefault(address, []).append(at)
+        return max(
+            sum(at <= other < at + seconds for other in times)
+            for times in by_address.values()
+            for at in times
+        )
+
+
+@pytest.mark.parametrize("every", [0.05, 0.5, 5.0, None])
+def test_a_peer_that_names_victims_has_them_asked_a_little(every: float | None) -> None:
+    """32 addresses of others, named once, or anew and anew."""
+    world = World(delay=OWD, b=[b_eth(), b_wlan()])
+    world.boot("b")
+    liar = Liar(world)
+    victims = [Address(f"192.0.3.{number}", 53) for number in range(1, 33)]
+    began = world.now
+    generation = 0
+    while world.now < began + 60.0:
+        if every is not None or generation == 0:
+            generation += 1
+            liar.name(generation, victims)
+        world.run(every or 1.0)
+    # Two uplinks share the count of an address; what is named anew gets one each ten seconds.
+    assert liar.most(9.0) <= CHECKS_PER_ADDRESS + 1
+    assert {address for _, address in liar.checks} <= set(victims)
+    if every is None:
+        assert len(liar.checks) <= len(victims) * (CHECKS_PER_ADDRESS + 3)
+    assert world.state("b") != "connecting"
+
+
+def test_a_peer_that_names_ever_new_victims_has_few_asked() -> None:
+    """8,000 addresses in turn: the rate of all checks together is bounded."""
+    world = World(delay=OWD, b=[b_eth()])
+    world.boot("b")
+    liar = Liar(world)
+    began = world.now
+    for generation in range(1, 401):
+        first = generation * 20 % 8000
+        liar.name(
+            generation,
+            [Address(f"192.0.3.{n % 250 + 1}", 1000 + n // 250) for n in range(first, first + 32)],
+        )
+        world.run(0.05)
+    seconds = world.now - began
+    assert len(liar.checks) <= seconds / PACE + 50
+    assert liar.most(seconds) <= CHECKS_PER_ADDRESS + 1

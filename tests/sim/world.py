@@ -66,6 +66,9 @@ class Uplink:
     symmetric: bool = False  # address- and port-dependent mapping (RFC 4787 section 4.1)
     up: bool = True
     black_hole: bool = False
+    mute: bool = False  # a black hole for what leaves only
+    deaf: bool = False  # a black hole for what arrives only
+    loss: float = 0.0  # share of what passes, each way, beside that of the network
     metric: int = 100
     delay: float = 0.0  # extra seconds each way
     mtu: int = 1472  # of the link, in UDP payload: more is refused by the kernel at once
@@ -382,9 +385,11 @@ class World:
         source = uplink.outside(key.remote, self.now, key.local.port)
         if self.tap is not None:
             self.tap(host, PathKey(source, key.remote), data)
-        if uplink.black_hole or key.local.port in uplink.dead_ports:
+        if uplink.black_hole or uplink.mute or key.local.port in uplink.dead_ports:
             return 0
         if len(data) > self.mtu or self.rng.random() < self.loss:
+            return 0
+        if uplink.loss and self.rng.random() < uplink.loss:
             return 0
         delay = self.delay + uplink.delay + self.rng.random() * self.jitter
         self.deliver(source, key.remote, data, delay)
@@ -400,7 +405,11 @@ class World:
             return
         for host in self.hosts.values():
             for uplink in host.uplinks:
-                if uplink.public_ip != target.host or not uplink.up or uplink.black_hole:
+                if uplink.public_ip != target.host or not uplink.up:
+                    continue
+                if uplink.black_hole or uplink.deaf:
+                    continue
+                if uplink.loss and self.rng.random() < uplink.loss:
                     continue
                 port = uplink.lets_in(source, target.port, self.now)
                 if port is None:

@@ -160,3 +160,10 @@ def test_best_of_several_routes_counts() -> None:
         for interface, metric in [("eth0", 900), ("eth0", 100), ("eth0", 800), ("wlan0", 500)]
     )
     assert LocalNetwork((WLAN4, ETH4), routes).sources("203.0.113.1") == [ETH4, WLAN4]
+
+
+def test_equal_routes_have_equal_places() -> None:
+    assert NETWORK.places("203.0.113.1") == {ETH4.ip: 0, WLAN4.ip: 1, WLAN4B.ip: 1}
+    equal = tuple(Route(ip_network("0.0.0.0/0"), interface, 100) for interface in ("eth0", "wlan0"))
+    places = LocalNetwork((WLAN4, ETH4), equal).places("203.0.113.1")
+    assert places == {WLAN4.ip: 0, ETH4.ip: 0}

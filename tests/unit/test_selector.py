@@ -178,9 +178,10 @@ def test_each_criterion_counts_more_than_all_behind_it() -> None:
         ({"rtt": 0.2}, {"rank": 1}, False),
         ({"rank": 1, "rtt": 0.01}, {"rtt": 0.06}, False),
         ({"rank": 1, "rtt": 0.01}, {"rtt": 0.2}, True),  # preferred, but far too slow
-        ({"loss": 0.4}, {"rtt": 0.1}, False),
-        ({}, {"loss": 0.4}, True),
-        ({}, {"loss": 0.25}, False),  # two checks in a row
+        ({"loss": 0.3}, {"rtt": 0.1}, False),
+        ({}, {"loss": 0.25}, False),  # two checks of eight
+        ({}, {"loss": 0.35}, True),
+        ({"loss": 0.2}, {"rank": 1}, False),
         ({"warm": False}, {"rtt": 0.1}, False),
         ({"failed": True}, {"rtt": 0.1}, False),
         ({"rtt": None}, {"rank": 1}, True),
@@ -240,3 +241,13 @@ def test_each_needless_move_makes_the_next_one_wait_longer() -> None:
         now += 1.0
     assert waits == [SETTLE, 2 * SETTLE, 4, 8, 16, 32, 60, 60]
     assert damper.wait(now + FLAP_MEMORY) == SETTLE
+
+
+def test_a_single_lost_check_is_no_reason_to_leave() -> None:
+    """It counts for an eighth, and for more than a tenth a second later: that moved people."""
+    active = Facts(path(ETH, A), warm=True, rtt=0.02, loss=1 / 8)
+    assert clearly_better(Facts(path(WLAN, A), warm=True, rank=1, rtt=0.02), active) is None
+    lossy = replace(active, loss=0.35)
+    assert clearly_better(Facts(path(WLAN, A), warm=True, rank=1, rtt=0.02), lossy) == (
+        "fewer losses"
+    )

@@ -6,7 +6,8 @@ Nothing here does I/O. The shell fills a `LocalNetwork` from netlink; everything
 from __future__ import annotations
 
 from dataclasses import dataclass
-from ipaddress import IPv4Address, IPv4Network, IPv6Network, ip_address
+from functools import lru_cache
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
 from typing import Any, NamedTuple
 
 _THIS_NETWORK = IPv4Network("0.0.0.0/8")  # RFC 791 section 3.2: only ever a source
@@ -90,18 +91,29 @@ class LocalNetwork:
         Only those of its family whose interface has a route that covers it. The order is the
         kernel's: longest prefix, then lowest metric; ties keep the order of `addresses`.
         """
-        remote = ip_address(remote_ip)
+        best = self._routes_to(remote_ip)
+        return sorted(best, key=lambda address: best[address])
+
+    def places(self, remote_ip: str) -> dict[str, int]:
+        """The places, from 0, of the local addresses in that order; equal routes, equal places."""
+        best = self._routes_to(remote_ip)
+        order = sorted(set(best.values()))
+        return {address.ip: order.index(rank) for address, rank in best.items()}
+
+    def _routes_to(self, remote_ip: str) -> dict[LocalAddress, tuple[int, int]]:
+        """The best route of each local address that has one: the negative length of its prefix,
+        and its metric."""
+        remote = _parsed(remote_ip)
         best: dict[str, tuple[int, int]] = {}
         for route in self.routes:
             if route.network.version == remote.version and remote in route.network:
                 rank = (-route.network.prefixlen, route.metric)
                 best[route.interface] = min(rank, best.get(route.interface, rank))
-        found = [
-            address
+        return {
+            address: best[address.interface]
             for address in self.addresses
             if address.interface in best and (":" in address.ip) == (remote.version == 6)
-        ]
-        return sorted(found, key=lambda address: best[address.interface])
+        }
 
     def ranks(self) -> dict[LocalAddress, int]:
         """The order of the addresses of each family by the widest route of their interface, which
@@ -119,6 +131,12 @@ class LocalNetwork:
             order = sorted(set(keys.values()))
             found |= {a: order.index(key) for a, key in keys.items()}
         return found
+
+
+@lru_cache(1024)
+def _parsed(ip: str) -> IPv4Address | IPv6Address:
+    """A peer has few addresses, and each is asked about with every check that is answered."""
+    return ip_address(ip)
 
 
 def canonical_ip(text: str) -> str:

@@ -24,8 +24,11 @@ RANK_TOLERANCE, RANK_TOLERANCE_MINIMUM = 2.0, 0.050
 """A preferred interface is used although its round trip is longer, up to twice the other's and
 50 ms more: beyond that people notice, and the order of metrics was hardly meant so."""
 LOSS_GAIN = 0.3
-"""Share of checks lost that makes a path clearly worse. It is a mean of about eight checks, so that a
-single one of them is an eighth, and two in a row are a quarter."""
+"""Share of checks lost that makes a path clearly worse. Of about eight checks it takes three: one
+alone counts for an eighth, and is lost every minute on a path that loses 1% each way."""
+LOSS_DOUBT = 0.1
+"""The same, that keeps a path from being moved to for any other reason: less, or one that was left
+for its losses would be come back to as soon as it had a little luck."""
 SETTLE = 1.0
 """Seconds that a path must have been clearly better before it is moved to, at first."""
 SETTLE_LIMIT = 60.0
@@ -95,7 +98,7 @@ def clearly_better(path: Facts, active: Facts) -> str | None:
     ):
         if worse != better:
             return reason if worse else None
-    if path.loss > active.loss + LOSS_GAIN:
+    if path.loss > active.loss + LOSS_DOUBT:
         return None
     if active.loss > path.loss + LOSS_GAIN:
         return "it loses less"

@@ -90,6 +90,10 @@ class PathConnection(QuicConnection):
         self.dial_paths: list[PathKey] = [path] if configuration.is_client else []
         self._first_flight: list[bytes] = []
         self._late_flight: list[tuple[bytes, NetworkAddress]] = []
+        self._newest_flight = b""
+        self._twins: dict[PathKey, int] = {}
+        """Where else a copy of the dialler's newest datagram came from, and the bytes that may go
+        there: the way it came on first may not lead back."""
         self._established = False
         self._keys = EngineKeys(self._engine)
         self._engine.configure(

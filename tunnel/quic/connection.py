@@ -58,6 +58,7 @@ CONTEST_BACKOFF = 0.25
 """Seconds in which an address whose move was taken back is not followed, doubled each time. Short
 at first: a host that hurries from one network to another and back looks the same."""
 CONTEST_BACKOFF_LIMIT = 60.0
+MAX_TWINS = 8  # addresses beside the first that a handshake is answered to
 
 
 class PeerConnection(SendingConnection):
@@ -167,8 +168,15 @@ class PeerConnection(SendingConnection):
         path.bytes_received += len(data)
         self._rx = Received(path)
         super().receive_datagram(data, STAND_IN, now)
-        if self._state not in END_STATES and not self._established and self._rx.processed:
+        if self._state in END_STATES or self._established:
+            return
+        if self._rx.processed:
+            self._newest_flight, self._twins = data, {}
             self._adopt_handshake_path(path, now)
+        elif data == self._newest_flight and path is not self.active:
+            allowed = self._twins.get(path.addr, 0)
+            if allowed or len(self._twins) < MAX_TWINS:
+                self._twins[path.addr] = allowed + 3 * len(data)  # RFC 9000 section 8.1
 
     def _receive_short(self, path: NetworkPath, data: bytes, now: float) -> None:
         """The 1-RTT packet of a datagram; what stands before it is of a handshake long done."""

@@ -28,14 +28,20 @@ class EngineKeys(CryptoPair):
         self._engine = engine
         self._seal: CryptoContext | None = None
         self._open: CryptoContext | None = None
+        self._first: tuple[bytes, bytes] | None = None
+        """The header protection keys, which no update changes (RFC 9001 section 6)."""
 
     def start(self, now: float) -> None:
         """Hand the keys of the handshake to the engine."""
         self._seal, self._open = self.send, self.recv
+        self._keep_header_keys()
+        assert self._first is not None
         self._engine.start(
             CIPHERS[_suite(self.send).name.rpartition("_")[0]],
-            *_derive(self.send),
-            *_derive(self.recv),
+            *_derive(self.send)[:2],
+            self._first[0],
+            *_derive(self.recv)[:2],
+            self._first[1],
             self.send.key_phase,
             now,
         )
@@ -60,6 +66,15 @@ class EngineKeys(CryptoPair):
 
     def update_key(self) -> None:
         self._engine.update_keys()
+
+    def _update_key(self, trigger: str) -> None:
+        # The peer may be the first to know that the handshake is done, and quick with its keys.
+        self._keep_header_keys()
+        super()._update_key(trigger)
+
+    def _keep_header_keys(self) -> None:
+        if self._first is None:
+            self._first = _derive(self.send)[2], _derive(self.recv)[2]
 
     def encrypt_packet(
         self, plain_header: bytes, plain_payload: bytes, packet_number: int

@@ -104,7 +104,14 @@ class SendingConnection(PathConnection):
             out, self._late_flight = self._late_flight, []
             return out + [(data, key) for key in self.dial_paths for data in datagrams]
         self.active.bytes_sent += sum(map(len, datagrams))
-        return [(data, self.active.addr) for data in datagrams]
+        out = [(data, self.active.addr) for data in datagrams]
+        for key, allowed in self._twins.items():
+            for data in datagrams:
+                if len(data) <= allowed:
+                    allowed -= len(data)
+                    out.append((data, key))
+            self._twins[key] = allowed
+        return out
 
     def _builder(self, path: NetworkPath, size: int) -> QuicPacketBuilder:
         cid = path.peer_cid or self._peer_cid
