@@ -270,7 +270,8 @@ class Roaming:
             self._arrange(now)
         elif isinstance(event, PathValidated):
             wish = self._wish
-            if wish is not None and event.path == wish.key and event.path != session.active:
+            asked = wish is not None and wish.asked and event.path == wish.key
+            if wish is not None and asked and event.path != session.active:
                 self._move(
                     session, wish.key, Trigger.BETTER_ROUTE, wish.reason,
                     at=wish.since, detected=now, now=now, replay=False,

@@ -25,7 +25,7 @@ each may move `RESTLESS` times at most."""
 RESTLESS = 2
 SECOND_WITHIN = 75.0
 """Seconds in which a second path must be found: what failed is tried again after one minute."""
-EXCUSES = {"no Hello in time", "closed"}
+EXCUSES = {"no Hello in time", "no answer", "closed"}
 """Why a session may fail: its path died before it was up."""
 MAX_SESSIONS = 5
 """Of one node: one in use, one being dialled, and some that are still closing."""
