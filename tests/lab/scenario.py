@@ -115,6 +115,14 @@ class Scenario:
             with self.pair.config(name).open("a") as file:
                 file.write(toml + "\n")
 
+    def dial_one_path(self) -> None:
+        """A knows one endpoint of B only; with one uplink at first, its dial takes one path. B's
+        other port forwards are found if B advertises them.
+        """
+        config = self.pair.config("A")
+        endpoint = f'endpoint = "{self.world.endpoints("B")[0]}"'
+        config.write_text(re.sub("^endpoint = .*$", endpoint, config.read_text(), flags=re.M))
+
     def up(self, timeout: float = 20.0) -> None:
         """Start both tunnels and wait until packets pass."""
         self.pair.up(timeout)
@@ -152,10 +160,19 @@ class Scenario:
     def decoded(
         self, fields: Sequence[str], where: str = "", *, protocol: str = "quic"
     ) -> list[dict[str, str]]:
-        """Fields of the packets between the NATs, decrypted; ends the capture."""
+        """Fields of the packets between the NATs, decrypted, in the order of time; ends the
+        capture.
+
+        tshark knows the keys of a connection only where all of its handshake took one path: see
+        `dial_one_path`.
+        """
         assert self.capture is not None
-        self.capture.stop()
-        return tshark(self.capture.path, fields, where, self.keylog, protocol=protocol)
+        ordered = self.directory / "ordered.pcapng"
+        if not ordered.exists():
+            self.capture.stop()
+            # dumpcap writes what it has of one interface, then of the next.
+            command(["reordercap", str(self.capture.path), str(ordered)])
+        return tshark(ordered, fields, where, self.keylog, protocol=protocol)
 
 
 def requirements() -> str:
@@ -164,7 +181,7 @@ def requirements() -> str:
         return "needs root"
     if not os.path.exists("/dev/net/tun"):
         return "needs /dev/net/tun"
-    tools = ("ip", "nft", "conntrack", "ping", "dumpcap", "tshark", "turnserver")
+    tools = ("ip", "nft", "conntrack", "ping", "dumpcap", "reordercap", "tshark", "turnserver")
     missing = [tool for tool in tools if shutil.which(tool) is None]
     if missing:
         return f"needs {', '.join(missing)}"

@@ -184,8 +184,8 @@ def test_why_says_why(make_scenario: MakeScenario) -> None:
     scenario.up()
     until_backed_up(scenario)
     settled(scenario)
+    until(lambda: len(why(scenario, "A").splitlines()) == 8, lambda: why(scenario, "A"))
     text = why(scenario, "A")
-    print(text)
     first, *others = text.splitlines()
     assert re.fullmatch(rf"in use: {re.escape(scenario.pair.active_path('A'))}, because .+", first)
     assert sum(line.startswith("second: ") for line in others) == 1

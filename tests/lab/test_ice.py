@@ -197,13 +197,17 @@ def add_junk(space: Namespace) -> None:
 def test_addresses_that_lead_to_no_peer_are_neither_told_nor_used(
     make_scenario: MakeScenario,
 ) -> None:
-    scenario = make_scenario(families=(4, 6))
+    scenario = make_scenario(families=(4, 6), uplinks=(1, 2))
+    scenario.dial_one_path()
     spaces = {name: scenario.pair.space(name) for name in scenario.world.hosts}
     for space in spaces.values():
         add_junk(space)
-    scenario.configure('[ice]\nexclude_interfaces = ["lab*"]')
+    public = mapping(scenario, "B", 1)
+    scenario.configure('[ice]\nexclude_interfaces = ["lab*"]', ["A"])
+    scenario.configure(f'[ice]\nexclude_interfaces = ["lab*"]\nadvertise = ["{public}"]', ["B"])
     with closing(Packets(spaces["A"])) as at_a, closing(Packets(spaces["B"])) as at_b:
         scenario.up()
+        scenario.world.add_interface("A")
         for name in spaces:
             for family in (4, 6):
                 for uplink in scenario.world.hosts[name].uplinks:
@@ -226,14 +230,9 @@ def test_addresses_that_lead_to_no_peer_are_neither_told_nor_used(
 
 
 def test_ipv4_dies_in_silence_and_ipv6_goes_on(make_scenario: MakeScenario) -> None:
-    """The configuration knows IPv4 endpoints only; the rest is found."""
+    """The configuration knows one IPv4 endpoint; the rest is found."""
     scenario = make_scenario(families=(4, 6))
-    config = scenario.pair.config("A")
-    text = "\n".join(
-        f'endpoint = "{scenario.world.endpoints("B")[0]}"' if line.startswith("endpoint") else line
-        for line in config.read_text().splitlines()
-    )
-    config.write_text(text)
+    scenario.dial_one_path()
     scenario.up()
     for name in scenario.world.hosts:
         until_warm(scenario, name, local=lambda at: at.startswith("["))
@@ -287,9 +286,12 @@ def test_a_new_interface_is_a_warm_path_in_two_round_trips(
 
 
 def test_no_copies_travel_over_a_metered_interface(make_scenario: MakeScenario) -> None:
-    scenario = make_scenario(uplinks=(2, 2))
+    scenario = make_scenario(uplinks=(1, 2))
+    scenario.dial_one_path()
+    scenario.configure(f'[ice]\nadvertise = ["{mapping(scenario, "B", 1)}"]', ["B"])
     scenario.configure('[paths]\nmetered = ["u1"]\nredundancy = "interactive"', ["A"])
     scenario.up()
+    scenario.world.add_interface("A")
     spared = local(scenario, "A", 1)
     with scenario.probing():
         path = until_warm(scenario, "A", local=spared)

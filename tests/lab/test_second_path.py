@@ -14,7 +14,8 @@ from typing import NamedTuple
 from cli.demo.world import PORT
 from tests.lab.hosts import until
 from tests.lab.scenario import Scenario
-from tests.lab.test_faults import settled, until_backed_up
+from tests.lab.test_faults import OTHER, settled
+from tests.lab.test_ice import local, mapping, until_warm
 from tests.lab.test_tunnel import MakeScenario
 from tests.lab.test_wire import STUN
 
@@ -109,10 +110,15 @@ def check_connection_ids(found: list[Packet]) -> None:
 
 
 def test_nothing_on_the_second_path_moves_a_peer(make_scenario: MakeScenario) -> None:
-    scenario = make_scenario()
+    scenario = make_scenario(uplinks=(1, 2))
+    scenario.dial_one_path()
+    scenario.configure(f'[ice]\nadvertise = ["{mapping(scenario, "B", 1)}"]', ["B"])
     scenario.up()
+    scenario.world.add_interface("A")
     settled(scenario)
-    until_backed_up(scenario)
+    for name, other in OTHER.items():
+        ours, theirs = local(scenario, name, 1), mapping(scenario, other, 1)
+        until_warm(scenario, name, local=ours, remote=theirs, backup=True)
     world = scenario.world
     active = frozenset((world.uplink("A").nat.public(4), world.uplink("B").nat.public(4)))
     with scenario.probing(spacing=0.02) as probe:
