@@ -249,5 +249,5 @@ def test_a_single_lost_check_is_no_reason_to_leave() -> None:
     assert clearly_better(Facts(path(WLAN, A), warm=True, rank=1, rtt=0.02), active) is None
     lossy = replace(active, loss=0.35)
     assert clearly_better(Facts(path(WLAN, A), warm=True, rank=1, rtt=0.02), lossy) == (
-        "fewer losses"
+        "it loses less"
     )
