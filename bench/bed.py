@@ -44,7 +44,7 @@ STEADY = 0.4  # seconds of flow both ways after which all is well
 _FLOWING = 0.12  # seconds since the last arrival; the probes' own records are 50 ms late
 _TYPING = 0.3  # seconds since the last echo
 _LOADED = 3600 * 24  # seconds: longer than any measurement
-_WARM = 5.0  # seconds that a second path may take to become warm
+_WARM = 8.0  # seconds that a second path may take to become warm
 _NO_WARM = 0.5  # seconds to wait instead, where the product does not show warm paths
 
 
@@ -221,16 +221,19 @@ class Bed:
         return all(self._has_second(host) for host in HOSTS)
 
     def _has_second(self, host: HostName) -> bool:
-        """A second path is at hand that shares no uplink with the active one, if it can be so."""
+        """A second path is at hand that shares no uplink with the active one, where there are two.
+
+        Addresses stand for uplinks: behind a NAT, every uplink has one of its own outside.
+        """
         paths = self.paths(host)
         active = next((path for path in paths if path.get("active")), None)
         second = next((path for path in paths if path.get("backup") and path.get("warm")), None)
         if active is None or second is None:
             return False
-        warm = [path for path in paths if path.get("warm") or path is active]
+        ends = ("local", "remote") if host == "A" else ("remote", "local")
         return all(
-            len({path[end] for path in warm}) == 1 or active[end] != second[end]
-            for end in ("local", "remote")
+            uplinks == 1 or active[end].rpartition(":")[0] != second[end].rpartition(":")[0]
+            for end, uplinks in zip(ends, self._uplinks, strict=True)
         )
 
     @staticmethod
@@ -274,6 +277,11 @@ class Bed:
     def active_path(self, host: HostName) -> str:
         """`local>remote`, "-" while there is none or the tunnel does not say."""
         return str(self.status(host).get("active_path") or "-")
+
+    def second_path(self, host: HostName) -> str:
+        """The path of a host that stands beside its active one, "" if there is none."""
+        found = (path for path in self.paths(host) if path.get("backup"))
+        return next((f"{path['local']}>{path['remote']}" for path in found), "")
 
     def active_uplink(self, host: HostName) -> int:
         """Number of the uplink that the active path uses; 0 where the tunnel does not say."""

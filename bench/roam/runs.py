@@ -75,6 +75,7 @@ class Watched:
     def __init__(self, bed: Bed) -> None:
         self._bed = bed
         self._paths = [bed.active_path(host) for host in HOSTS]
+        self._seconds = [bed.second_path(host) for host in HOSTS]
         self._known = {host: _newest(bed, host) for host in HOSTS}
         self._began = time.monotonic()
         time.sleep(BEFORE)  # asking has cost CPU time
@@ -100,6 +101,7 @@ class Watched:
         if bed.mode != "wireguard-go":
             run.moved = paths != self._paths
         run.detail["paths"] = [self._paths, paths]
+        run.detail["seconds"] = self._seconds
         for host in HOSTS:
             run.ledger[host] = [
                 record for record in bed.history(host) if record["sequence"] > self._known[host]
