@@ -22,17 +22,18 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
+from tunnel.books import Books
 from tunnel.config import Redundancy
 from tunnel.control import CandidateEntry, Candidates, Observed
-from tunnel.events import NodeEvent, PeerMigrated, PortWanted
+from tunnel.events import NodeEvent, PortWanted
 from tunnel.ice.agent import Agent
 from tunnel.ice.candidate import Base, Kind
 from tunnel.ice.events import CandidatesChanged, PairAnswered, PairDown, PairUp
 from tunnel.ice.pair import PairState
 from tunnel.ledger import Ledger, Trigger
-from tunnel.path.liveness import MANY_UNANSWERED, SECOND_LOOK, suspect_deadline
+from tunnel.path.liveness import suspect_deadline
 from tunnel.path.network import Address, LocalNetwork, PathKey
 from tunnel.path.selector import (
     Damper,
@@ -43,6 +44,7 @@ from tunnel.path.selector import (
     second,
     unique,
 )
+from tunnel.path.suspicion import Suspicion
 from tunnel.quic.control_stream import Session
 from tunnel.quic.events import MoveContested, PathFailed, PathRefused, PathValidated, PeerMoved
 
@@ -53,11 +55,6 @@ REMEMBERED_REMOTES = 3
 """Addresses of the peer that worked before, and are tried when nothing is warm."""
 FAILED_MEMORY = 5.0
 """Seconds in which a path that was left as dead is not the second one, whatever its checks say."""
-DOUBTS = 2
-"""How often a suspect path that answers checks, but acknowledges nothing, gets another deadline."""
-COUNTS_AFTER = 2.5
-"""Seconds after a move when what it lost and replayed is counted: nothing older than 2 s is sent
-again."""
 PAUSE = 1.0
 """Seconds without any usable address that are still part of changing from one to the next."""
 TOLD_MEMORY = 5.0
@@ -74,24 +71,6 @@ class Surroundings:
     port: int
     bases: tuple[Base, ...] = ()
     """The sockets on its addresses."""
-
-
-@dataclass(slots=True)
-class Suspicion:
-    """The active path may be dead. Times in seconds."""
-
-    trigger: Trigger
-    since: float
-    silent_since: float
-    """When that left which should have been answered; for the ledger."""
-    verdict_at: float
-    """When the path is left, if another has answered and it has not."""
-    look_again_at: float | None
-    """When it is asked once more, so that two lost packets do not make a move."""
-    doubts: int = 0
-    port_wanted: bool = False
-    answered: dict[PathKey, float] = field(default_factory=dict)
-    """Other paths that answered since, and when."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,11 +108,9 @@ class Roaming:
         self.counters = {"suspicions": 0, "false_suspicions": 0}
         self.moved_because = "it is where the handshake succeeded"
         """Why the active path is the active one, in words."""
-        self._peer = peer
-        self._ledger = ledger
+        self._books = Books(peer, ledger, wall_offset, emit)
         self._redundancy = redundancy
         self._rng = rng
-        self._wall_offset = wall_offset
         self._emit = emit
         self._hold = hold
         self._revive = revive
@@ -150,9 +127,6 @@ class Roaming:
         self.second: PathKey | None = None
         """The path at hand beside the active one."""
         self._failed: dict[PathKey, float] = {}
-        self._unconfirmed: int | None = None
-        self._switched_at = 0.0
-        self._counting: tuple[int, float, dict[str, int]] | None = None
         self._traffic_at = -QUIET
 
     # the session
@@ -173,8 +147,7 @@ class Roaming:
     def _forget(self) -> None:
         self._suspicion = self._reask_at = self._wish = None
         self.second = None
-        self._counting = None
-        self._unconfirmed = None
+        self._books.forget()
 
     @property
     def suspect(self) -> bool:
@@ -321,22 +294,10 @@ class Roaming:
         detected: float,
         now: float,
     ) -> None:
-        self._count(session, now, finally_=True)
         if trigger is not Trigger.REBINDING:
             self._damper.moved(now)
-        record = self._ledger.record(
-            peer=self._peer,
-            trigger=trigger,
-            from_path=str(old),
-            to_path=str(new),
-            wall_time=detected + self._wall_offset,
-            at=min(at, detected),
-            detected=detected,
-            switched=now,
-        )
-        self._unconfirmed, self._switched_at = record.sequence, now
-        self._counting = (record.sequence, now, session.connection.counters)
-        self._emit(PeerMigrated(record))
+        counters = session.connection.counters
+        self._books.moved(trigger, old, new, counters, at=at, detected=detected, now=now)
 
     def record_restart(self, old: Session, new: Session, now: float) -> None:
         """Another process of the peer took over: a move of its own kind."""
@@ -522,7 +483,7 @@ class Roaming:
             trigger is Trigger.SEND_FAILED or active.metrics.last_progress_at < active.used_at
         ):
             # It refuses, or never worked since we are on it: whoever answers first is better.
-            self._suspicion.verdict_at = now
+            self._suspicion.believe()
         session.connection.nudge()
         session.connection.race(now)
 
@@ -530,16 +491,12 @@ class Roaming:
         self, session: Session, trigger: Trigger, *, silent_since: float, now: float
     ) -> None:
         """Ask all paths; the active one is given its deadline to answer."""
-        active = session.connection.active
-        patience = self._deadline(session)
-        # A flow of packets that all stay unanswered is no accident; one or two may be.
-        certain = trigger is Trigger.SEND_FAILED or active.metrics.outstanding >= MANY_UNANSWERED
-        self._suspicion = Suspicion(
+        self._suspicion = Suspicion.begin(
             trigger,
-            since=now,
             silent_since=silent_since,
-            verdict_at=now + patience * (1.0 if certain else SECOND_LOOK),
-            look_again_at=None if certain else now + patience / 2,
+            patience=self._deadline(session),
+            outstanding=session.connection.active.metrics.outstanding,
+            now=now,
         )
         self._wish = None
         self._reask_interval = REASK_INTERVAL
@@ -558,11 +515,7 @@ class Roaming:
         self._arrange(now)
 
     def _verdict_at(self, session: Session) -> float | None:
-        suspicion = self._suspicion
-        if suspicion is None:
-            return None
-        suspicion.answered.pop(session.active, None)
-        return suspicion.verdict_at if suspicion.answered else None
+        return None if self._suspicion is None else self._suspicion.due(session.active)
 
     def _take_events(self, now: float) -> None:
         """What the agent has found out."""
@@ -597,16 +550,15 @@ class Roaming:
             suspicion.answered.setdefault(key, now)
             if first:
                 self._arrange(now)
-        elif suspicion.doubts < DOUBTS and suspicion.trigger is not Trigger.SEND_FAILED:
-            suspicion.doubts += 1
-            suspicion.verdict_at = max(suspicion.verdict_at, now + self._deadline(session))
+        else:
+            suspicion.active_answered(self._deadline(session), now)
 
     # after any input
 
     @property
     def expectant(self) -> bool:
         """Whether the next acknowledgement means more than that the path lives."""
-        return self._unconfirmed is not None or self._suspicion is not None
+        return self._books.open or self._suspicion is not None
 
     def poll(self, now: float) -> None:
         """Look at the state: progress, confirmations, answers, verdicts."""
@@ -615,9 +567,7 @@ class Roaming:
             return
         self._take_events(now)
         progress = session.connection.active.metrics.last_progress_at
-        if self._unconfirmed is not None and progress > self._switched_at:
-            self._ledger.confirm(self._unconfirmed, progress)
-            self._unconfirmed = None
+        self._books.acknowledged(progress)
         suspicion = self._suspicion
         if suspicion is not None and progress > suspicion.since:
             self.counters["false_suspicions"] += suspicion.silent_since < suspicion.since
@@ -635,22 +585,6 @@ class Roaming:
                 at=suspicion.silent_since, detected=suspicion.since, now=now,
             )  # fmt: skip
 
-    def _count(self, session: Session, now: float, *, finally_: bool = False) -> None:
-        """Add what a move lost and replayed to its record, when it is known."""
-        if self._counting is None:
-            return
-        sequence, at, before = self._counting
-        if not finally_ and now < at + COUNTS_AFTER:
-            return
-        after = session.connection.counters
-        self._counting = None
-        self._ledger.add(
-            sequence,
-            lost=after["replay_given_up"] - before["replay_given_up"],
-            replayed=after["replayed"] - before["replayed"],
-            duplicates=after["replay_needless"] - before["replay_needless"],
-        )
-
     # time
 
     def get_timer(self) -> float | None:
@@ -662,8 +596,7 @@ class Roaming:
                 times.append(self._suspicion.look_again_at)
             if self._wish is not None and not self._wish.asked:
                 times.append(self._wish.since + self._patience(self._wish.since))
-            if self._counting is not None:
-                times.append(self._counting[1] + COUNTS_AFTER)
+            times.append(self._books.due())
             times += self._failed.values()
         return min((at for at in times if at is not None), default=None)
 
@@ -692,7 +625,8 @@ class Roaming:
         if any(until <= now for until in self._failed.values()):
             self._failed = {key: until for key, until in self._failed.items() if until > now}
             self._arrange(now)
-        self._count(session, now)
+        if self._books.due() is not None:
+            self._books.count(session.connection.counters, now)
         self._consider(now)
         self.poll(now)
 

@@ -8,12 +8,6 @@ SUSPECT_FLOOR = 0.015
 UNMEASURED_ROUND_TRIPS = 3
 UNMEASURED_FLOOR = 0.05
 """Seconds, and round trips of the path before, to wait on a path that was never measured."""
-MANY_UNANSWERED = 6
-"""Packets outstanding at the moment of suspicion from which on it is no accident: at 2% of losses
-there and back, six in a row happen once in 15,000 million."""
-SECOND_LOOK = 1.5
-"""Deadlines that a suspect path gets where fewer are outstanding; it is asked again after half of
-one, so that it takes four lost packets to leave a living path."""
 HOLD_AFTER = 1.0
 """Seconds without any acknowledgement after which the tunnel says that it holds, and a dialler
 also tries a fresh handshake: the other process may have restarted."""
