@@ -195,8 +195,8 @@ class Peer:
             code, reason = ApplicationError.DUPLICATE, "both ends dialled"
         else:
             code, reason = ApplicationError.REPLACED, "a newer connection took over"
-        self.roaming.record_restart(old, session, now)
         self._adopt(session, now)
+        self.roaming.record_restart(old, session, now)
         old.close(code, reason)
 
     def on_event(self, session: Session, event: object, now: float) -> None:

@@ -303,7 +303,7 @@ class Roaming:
         """Another process of the peer took over: a move of its own kind."""
         last = old.connection.active.metrics.last_progress_at or now
         self._note_move(
-            old, Trigger.RESTART, old.active, new.active, at=last, detected=now, now=now
+            new, Trigger.RESTART, old.active, new.active, at=last, detected=now, now=now
         )
         self.moved_because = "the peer restarted, and the new handshake succeeded here"
 
