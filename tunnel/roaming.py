@@ -452,12 +452,22 @@ class Roaming:
     # suspicion
 
     def _deadline(self, session: Session) -> float:
-        metrics = session.connection.active.metrics
+        """Seconds of silence that make the active path suspect."""
+        active = session.connection.active
+        metrics = active.metrics
+        smoothed, variance = metrics.rtt_smoothed, metrics.rtt_variance
+        measured = metrics.has_rtt
+        if metrics.last_progress_at < active.used_at:
+            # Nothing was acknowledged since we are on it. What was before may have come late, by
+            # another way, when this path died the last time; checks are answered on their own path.
+            pair = self.agent.pair(session.active)
+            if pair is not None and pair.rtt is not None:
+                smoothed, variance, measured = pair.rtt, pair.rtt_variance, True
         return suspect_deadline(
-            has_rtt=metrics.has_rtt,
+            has_rtt=measured,
             expected_rtt=metrics.initial_rtt,
-            rtt_smoothed=metrics.rtt_smoothed,
-            rtt_variance=metrics.rtt_variance,
+            rtt_smoothed=smoothed,
+            rtt_variance=variance,
             max_ack_delay=session.connection.max_ack_delay,
         )
 

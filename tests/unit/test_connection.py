@@ -1358,3 +1358,31 @@ def test_a_close_reaches_the_other_end() -> None:
     assert closed is not None and (closed.error_code, closed.reason_phrase) == (4, "bye")
     assert all(each.connection.is_closed for each in pair.hosts)
     assert isinstance(pair.client.lane, Lane)
+
+
+def test_two_ends_that_follow_each_other_come_to_rest() -> None:
+    """The client sends on one path, the server on another, and both change to the other's at once:
+    were both to follow, and to follow again, they would swap the two paths for ever."""
+    pair = Pair.established()
+    pair.exchange()
+    far = {
+        "client": PathKey(FRESH["client"], FRESH["server"]),
+        "server": PathKey(FRESH["server"], FRESH["client"]),
+    }
+    for host in pair.hosts:
+        host.nat.setdefault(FRESH[host.name], FRESH[host.name])
+        host.connection.vouch(far[host.name], 2 * DELAY, pair.now, trusted=True)
+        pair.stream(host, 300)
+    client, server = pair.client.connection, pair.server.connection
+    client._settled_in_at = pair.now + 60.0
+    server.move(far["server"], pair.now)
+    pair.run(0.5)
+    assert (client.active.addr.local, server.active.addr.local) == (CLIENT, FRESH["server"])
+    client.move(far["client"], pair.now)
+    server.move(PathKey(SERVER, CLIENT), pair.now)
+    client._settled_in_at = server._settled_in_at = 0.0  # as when their own moves are long ago
+    for host in pair.hosts:
+        pair.pump(host)
+    before = sum(len(host.of(PeerMoved)) for host in pair.hosts)
+    pair.run(0.9)
+    assert sum(len(host.of(PeerMoved)) for host in pair.hosts) - before <= 3

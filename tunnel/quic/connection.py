@@ -409,7 +409,7 @@ class PeerConnection(SendingConnection):
         self._events.append(PeerMoved(old.addr, path.addr, rebinding, now))
         if trusted:
             self._forget_apparent()
-            if path.addr.remote == old.addr.remote:
+            if self._is_client or path.addr.remote == old.addr.remote:
                 self._settle_in(now)  # of two ends that follow each other, one has to stay
             self._switch(path, now, challenge=path.state is not PathState.VALIDATED)
             # Checks can be forwarded like any packet, so that a forwarder's address may be known:
