@@ -70,10 +70,10 @@ def why(session: Session, roaming: Roaming, now: float) -> list[str]:
 
 def _against(path: Facts, active: Facts) -> str:
     if not path.warm:
-        return "not used: it does not answer"
+        return "not in use: it does not answer"
     reason = clearly_better(path, active)
     if reason is not None:
         return f"clearly better ({reason}); it is moved to once it has been for a while"
     if order([path, active])[0] is active:
-        return f"not used: {why_before(active, path, one='the one in use', other='it')}"
+        return f"not in use: {why_before(active, path, one='the one in use', other='it')}"
     return f"a little better ({why_before(path, active)}), but not enough to move for"

@@ -190,7 +190,7 @@ def test_why_says_why(make_scenario: MakeScenario) -> None:
     assert re.fullmatch(rf"in use: {re.escape(scenario.pair.active_path('A'))}, because .+", first)
     assert sum(line.startswith("second: ") for line in others) == 1
     for line in others:
-        assert re.fullmatch(r"(second|other): \S+>\S+: not used: .+", line), line
+        assert re.fullmatch(r"(second|other): \S+>\S+: not in use: .+", line), line
     assert sum("the routes of the two hosts prefer the one in use" in line for line in others) == 3
     assert sum("it does not answer" in line for line in others) == 4  # private ones of B
     assert json.loads(why(scenario, "A", "--json")) == text.splitlines()
