@@ -102,9 +102,13 @@ class PeerConfig(Struct, frozen=True, kw_only=True):
 
 
 class RendezvousConfig(Struct, frozen=True, kw_only=True):
-    """[rendezvous]"""
+    """[rendezvous]: brokers, of which the first that answers serves."""
 
-    url: str
+    url: tuple[str, ...]
+    username: str | None = None
+    password_file: Path | None = None
+    ca_file: Path | None = None
+    """Who vouches for the broker's certificate (PEM); None: whom the system trusts."""
 
 
 class TurnConfig(Struct, frozen=True, kw_only=True):
@@ -121,6 +125,8 @@ class IceConfig(Struct, frozen=True, kw_only=True):
     stun: tuple[Endpoint, ...] = ()
     advertise: tuple[Endpoint, ...] = ()
     turn: tuple[TurnConfig, ...] = ()
+    port_mapping: bool = True
+    """Whether home routers are asked for a port (PCP, NAT-PMP, UPnP)."""
     exclude_interfaces: tuple[str, ...] = ()
     """Patterns as of `fnmatch`."""
 
@@ -355,13 +361,39 @@ class _Reader:
     def _rendezvous(self, raw: RawRendezvous | None) -> RendezvousConfig | None:
         if raw is None:
             return None
-        return RendezvousConfig(url=self._parse(("rendezvous", "url"), raw.url, check_mqtt_url))
+        path: KeyPath = ("rendezvous", "url")
+        url: tuple[str, ...]
+        if isinstance(raw.url, str):
+            url = (self._parse(path, raw.url, check_mqtt_url),)
+        else:
+            url = self._parse_list(path, raw.url, check_mqtt_url)
+        if not url:
+            raise self._error(path, "the list is empty", f"write for example `{example(path)}`")
+        password_file = self._password_file(("rendezvous",), raw.username, raw.password_file)
+        ca_file = None
+        if raw.ca_file is not None:
+            ca_file = self._parse(("rendezvous", "ca_file"), raw.ca_file, self._path)
+        return RendezvousConfig(
+            url=url, username=raw.username, password_file=password_file, ca_file=ca_file
+        )
+
+    def _password_file(
+        self, path: KeyPath, username: str | None, password_file: str | None
+    ) -> Path | None:
+        if (username is None) != (password_file is None):
+            raise self._error(
+                path, "username and password_file go together", "write both, or neither"
+            )
+        if password_file is None:
+            return None
+        return self._parse((*path, "password_file"), password_file, self._path)
 
     def _ice(self, raw: RawIce) -> IceConfig:
         return IceConfig(
             stun=self._parse_list(("ice", "stun"), raw.stun, Endpoint.parse),
             advertise=self._parse_list(("ice", "advertise"), raw.advertise, parse_advertised),
             turn=tuple(self._turn(("ice", "turn", i), turn) for i, turn in enumerate(raw.turn)),
+            port_mapping=raw.port_mapping,
             exclude_interfaces=self._parse_list(
                 ("ice", "exclude_interfaces"), raw.exclude_interfaces, check_interface_pattern
             ),
@@ -369,13 +401,7 @@ class _Reader:
 
     def _turn(self, path: KeyPath, raw: RawTurn) -> TurnConfig:
         url = self._parse((*path, "url"), raw.url, check_turn_url)
-        if (raw.username is None) != (raw.password_file is None):
-            raise self._error(
-                path, "username and password_file go together", "write both, or neither"
-            )
-        password_file = None
-        if raw.password_file is not None:
-            password_file = self._parse((*path, "password_file"), raw.password_file, self._path)
+        password_file = self._password_file(path, raw.username, raw.password_file)
         return TurnConfig(url=url, username=raw.username, password_file=password_file)
 
     def _paths(self, raw: RawPaths) -> PathsConfig:

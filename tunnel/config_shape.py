@@ -41,13 +41,17 @@ class RawTurn(Struct, forbid_unknown_fields=True):
 
 
 class RawRendezvous(Struct, forbid_unknown_fields=True):
-    url: str
+    url: str | list[str]
+    username: str | None = None
+    password_file: str | None = None
+    ca_file: str | None = None
 
 
 class RawIce(Struct, forbid_unknown_fields=True):
     stun: list[str] = []
     advertise: list[str] = []
     turn: list[RawTurn] = []
+    port_mapping: bool = True
     exclude_interfaces: list[str] = []
 
 
@@ -89,6 +93,9 @@ _EXAMPLES = {
     ("peer", "bench"): "bench = false",
     ("rendezvous",): "[rendezvous]",
     ("rendezvous", "url"): 'url = "mqtts://broker.example:8883"',
+    ("rendezvous", "username"): 'username = "alice"',
+    ("rendezvous", "password_file"): 'password_file = "/etc/martlet/broker"',
+    ("rendezvous", "ca_file"): 'ca_file = "/etc/martlet/broker-ca.pem"',
     ("ice",): "[ice]",
     ("ice", "stun"): 'stun = ["stun.example:3478"]',
     ("ice", "advertise"): 'advertise = ["203.0.113.9:4117"]',
@@ -96,6 +103,7 @@ _EXAMPLES = {
     ("ice", "turn", "url"): 'url = "turn:turn.example:3478"',
     ("ice", "turn", "username"): 'username = "alice"',
     ("ice", "turn", "password_file"): 'password_file = "/etc/martlet/turn"',
+    ("ice", "port_mapping"): "port_mapping = false",
     ("ice", "exclude_interfaces"): 'exclude_interfaces = ["docker*"]',
     ("paths",): "[paths]",
     ("paths", "redundancy"): 'redundancy = "interactive"',

@@ -30,6 +30,9 @@ _INTERFACE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_=+.-]{0,14}")
 _PEER_NAME = re.compile(r"[A-Za-z0-9._][A-Za-z0-9._-]*")
 _HOST_LABEL = re.compile(r"(?!-)[A-Za-z0-9-]{1,63}(?<!-)")  # RFC 1123 section 2.1
 _TURN_URL = re.compile(r"turns?:([^?]+)(\?transport=(udp|tcp))?")  # RFC 7065 section 3.1
+MQTT_PORTS = {"mqtt": 1883, "mqtts": 8883, "ws": 80, "wss": 443}
+"""Schemes of a broker's URL (MQTT over TCP, TLS, WebSocket, WebSocket in TLS): default ports."""
+_NO_MQTT_URL = "this is not an mqtt://, mqtts://, ws:// or wss:// URL"
 _INTERFACE_PATTERN = re.compile(r"[^\s/]{1,64}")
 
 
@@ -158,11 +161,17 @@ def _parse_host(text: str) -> str:
 def check_mqtt_url(value: str) -> str:
     try:
         url = urlsplit(value)
-        valid = url.scheme in ("mqtt", "mqtts") and bool(url.hostname) and url.port != 0
+        valid = url.scheme in MQTT_PORTS and bool(url.hostname) and url.port != 0
     except ValueError:
-        valid = False
+        raise ValueError(_NO_MQTT_URL) from None
     if not valid:
-        raise ValueError("this is not an mqtt:// or mqtts:// URL")
+        raise ValueError(_NO_MQTT_URL)
+    if url.username is not None:
+        raise ValueError(
+            "it has a user name in it; write rendezvous.username and password_file instead"
+        )
+    if (url.path not in ("", "/") and not url.scheme.startswith("ws")) or url.query or url.fragment:
+        raise ValueError("nothing may follow the port of such a URL")
     return value
 
 

@@ -102,7 +102,7 @@ metered = ["wwan*"]
         "office.example:65535",
     ]
     assert config.peers[1].endpoint == ()
-    assert config.rendezvous == RendezvousConfig(url="mqtts://broker.example:8883")
+    assert config.rendezvous == RendezvousConfig(url=("mqtts://broker.example:8883",))
     assert config.ice == IceConfig(
         stun=(Endpoint("stun.example", 3478),),
         advertise=(Endpoint("203.0.113.9", 4117),),
@@ -232,6 +232,21 @@ ENDPOINT = '"198.51.100.7:4117"'
         (TWO + "[rendezvous]\n", 14, "rendezvous.url", "mqtts://broker.example:8883"),
         (TWO + '[rendezvous]\nurl = "http://a"\n', 15, "rendezvous.url", "mqtts://"),
         (TWO + '[rendezvous]\nurl = "mqtt://a:x"\n', 15, "rendezvous.url", "mqtts://"),
+        (TWO + "[rendezvous]\nurl = []\n", 15, "rendezvous.url", "list is empty"),
+        (TWO + '[rendezvous]\nurl = "mqtt://u:p@a"\n', 15, "rendezvous.url", "rendezvous.username"),
+        (TWO + '[rendezvous]\nurl = "mqtt://a/x"\n', 15, "rendezvous.url", "may follow"),
+        (
+            TWO + '[rendezvous]\nurl = ["mqtt://a", "mqtt://a"]\n',
+            15,
+            "rendezvous.url[1]",
+            "listed twice",
+        ),
+        (
+            TWO + '[rendezvous]\nurl = "mqtt://a"\nusername = "x"\n',
+            14,
+            "rendezvous",
+            "go together",
+        ),
         (TWO + '[ice]\nstun = ["stun.example"]\n', 15, "ice.stun[0]", "host:port"),
         (TWO + '[ice]\nadvertise = ["a.example:1"]\n', 15, "ice.advertise[0]", "public IP"),
         (TWO + '[ice]\nturn = [{ url = "a:1" }]\n', 15, "ice.turn[0].url", "turn:"),
