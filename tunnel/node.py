@@ -340,7 +340,7 @@ class Node:
         username = username_of(data)
         for peer in self.peers.values():
             agent = peer.roaming.agent
-            if username is not None and username.partition(":")[0] != agent.local_ufrag:
+            if username is not None and not agent.answers_to(username.partition(":")[0]):
                 continue
             if agent.receive(data, path, now):
                 peer.poll(now)
