@@ -32,6 +32,10 @@ class OwnCandidates:
         self._observed: dict[Address, Address] = {}
         self.refresh((), ())
 
+    def forbidden_changed(self, forbidden: Sequence[IPNetwork]) -> None:
+        """True for what the next `refresh` makes."""
+        self._forbidden = tuple(forbidden)
+
     def reflexive_changed(self, mapped: Mapping[Address, Address]) -> None:
         self._reflexive = dict(mapped)
 
