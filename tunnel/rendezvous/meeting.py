@@ -15,8 +15,8 @@ noticed that something is wrong. Nothing is retained at the broker, so nothing o
 there; whoever subscribes later speaks, and the earlier one is there to answer.
 
 While a peer is wanted it gets an offer at once, one whenever there is something new to tell, and
-else again and again with growing pauses. A broker may withhold, repeat, reorder and swap: that costs
-time, and answers within a budget, and nothing else.
+else again and again with growing pauses. A broker may withhold, repeat, reorder and swap: that
+costs time, and answers within a budget, and nothing else.
 
 The last will of our connection to the broker is published on a topic of its own, new with each
 start, which offers tell. To a peer it is a hint that we are gone: it asks at its slowest then.
