@@ -130,6 +130,20 @@ class FakeNode:
         datagrams, self.outgoing = self.outgoing, []
         return datagrams
 
+    meeting = None
+
+    def signaller_connected(self, now: float) -> None:
+        self.calls.append(("signaller_connected",))
+
+    def signaller_disconnected(self, now: float) -> None:
+        self.calls.append(("signaller_disconnected",))
+
+    def signal_received(self, topic: str, payload: bytes, now: float) -> None:
+        self.calls.append(("signal_received", topic, payload))
+
+    def signals_to_send(self, now: float) -> list[tuple[str, bytes]]:
+        return []
+
     def get_timer(self) -> float | None:
         return self.timer
 
