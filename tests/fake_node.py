@@ -83,6 +83,9 @@ class FakeNode:
     def endpoints_resolved(self, peer: str, addresses: list[Address], now: float) -> None:
         self.calls.append(("endpoints_resolved", peer, addresses))
 
+    def endpoints_found(self, peer: str, addresses: list[Address], now: float) -> None:
+        self.calls.append(("endpoints_found", peer, addresses))
+
     def send_failed(self, path: PathKey, error: int, now: float) -> None:
         self.calls.append(("send_failed", path, error))
         if self.on_send_failed is not None:
@@ -115,6 +118,20 @@ class FakeNode:
     def datagrams_to_send(self, now: float) -> list[tuple[PathKey, bytes]]:
         datagrams, self.outgoing = self.outgoing, []
         return datagrams
+
+    meeting = None
+
+    def signaller_connected(self, now: float) -> None:
+        self.calls.append(("signaller_connected",))
+
+    def signaller_disconnected(self, now: float) -> None:
+        self.calls.append(("signaller_disconnected",))
+
+    def signal_received(self, topic: str, payload: bytes, now: float) -> None:
+        self.calls.append(("signal_received", topic, payload))
+
+    def signals_to_send(self, now: float) -> list[tuple[str, bytes]]:
+        return []
 
     def get_timer(self) -> float | None:
         return self.timer

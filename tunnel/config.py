@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 from typing import Literal, TypeAlias, TypeVar, cast
+from urllib.parse import urlsplit
 
 import msgspec
 from msgspec import Struct
@@ -71,6 +72,7 @@ __all__ = [
 
 CONFIG_DIRECTORY = Path("/etc/martlet")
 
+STUN_PORT = 3478  # RFC 8489 section 18.6
 MINIMUM_MTU_IPV4 = 576  # RFC 791 section 3.2: what every host accepts
 MINIMUM_MTU_IPV6 = 1280  # RFC 8200 section 5: Linux takes IPv6 off an interface below this
 MAXIMUM_MTU = 65535
@@ -148,6 +150,14 @@ class Config(Struct, frozen=True, kw_only=True):
     ice: IceConfig = IceConfig()
     paths: PathsConfig = PathsConfig()
     file: Path | None = None
+
+    @property
+    def stun_servers(self) -> tuple[Endpoint, ...]:
+        """Those of [ice], or the hosts of the rendezvous, where `martlet rendezvous` runs one."""
+        if self.ice.stun or self.rendezvous is None:
+            return self.ice.stun
+        hosts = [urlsplit(url).hostname for url in self.rendezvous.url]
+        return tuple(dict.fromkeys(Endpoint(host, STUN_PORT) for host in hosts if host))
 
 
 def resolve_config_path(name_or_path: str) -> Path:

@@ -36,6 +36,7 @@ from tunnel.quic.configuration import connection_configuration
 from tunnel.quic.connection import PeerConnection
 from tunnel.quic.control_stream import CidIssued, CidRetired, Ended, Said, Session
 from tunnel.quic.logging import StreamLogger
+from tunnel.rendezvous.meeting import Meeting, Offered
 from tunnel.roaming import Surroundings
 
 STRANGER_PATIENCE = 5.0
@@ -122,6 +123,10 @@ class Node:
                 emit=self._events.append,
             )
         self._by_key = {peer.config.public_key.raw: peer for peer in self.peers.values()}
+        self.meeting: Meeting | None = None
+        """Through the brokers of [rendezvous]."""
+        if config.rendezvous is not None:
+            self.meeting = Meeting(identity, self._by_key, boot_id=boot_id, rng=rng)
         self._started = False
 
     # inputs
@@ -175,8 +180,9 @@ class Node:
             peer.network_changed(self._surroundings, now)
             if not self._started:
                 peer.start(now)
-        if not self._started and self._config.ice.stun:
-            self._events.append(ResolveWanted(STUN_SERVERS, self._config.ice.stun))
+        servers = self._config.stun_servers
+        if servers and not (self._started and all(server.ip for server in servers)):
+            self._events.append(ResolveWanted(STUN_SERVERS, servers))  # names may mean others here
         self._started = True
 
     def port_opened(self, local: Address, now: float) -> None:
@@ -189,6 +195,25 @@ class Node:
             self._gatherer.servers_resolved(addresses, now)
         else:
             self.peers[peer].endpoints_resolved(addresses, now)
+
+    def endpoints_found(self, peer: str, addresses: list[Address], now: float) -> None:
+        """Where a peer seems to be, in place of what was found before; hints, unauthenticated."""
+        self.peers[peer].endpoints_found(addresses, now)
+
+    def signaller_connected(self, now: float) -> None:
+        """A broker serves us, and our topics are subscribed to."""
+        if self.meeting is not None:
+            self.meeting.connected(now)
+
+    def signaller_disconnected(self, now: float) -> None:
+        if self.meeting is not None:
+            self.meeting.disconnected(now)
+
+    def signal_received(self, topic: str, payload: bytes, now: float) -> None:
+        """A message of the broker, which may be anything."""
+        if self.meeting is not None:
+            self.meeting.receive(topic, payload, now)
+            self._take_offers(now)
 
     def send_failed(self, path: PathKey, error: int, now: float) -> None:
         self.counters["send_errors"] += 1
@@ -234,6 +259,8 @@ class Node:
         self._expire_ports(now)
         self._gatherer.handle_timer(now)
         self._share_mapped(now)
+        if self.meeting is not None:
+            self.meeting.handle_timer(now)
 
     def close(self, now: float) -> None:
         """Say goodbye to everybody; `closed` tells when the last datagrams were handed out."""
@@ -261,6 +288,20 @@ class Node:
             self._after(session, now)
         return out
 
+    def signals_to_send(self, now: float) -> list[tuple[str, bytes]]:
+        """Topics and payloads for the broker. To be drained last: what else was done may matter."""
+        if self.meeting is None:
+            return []
+        seeking = False
+        for peer in self.peers.values():
+            key = peer.config.public_key.raw
+            wanted = peer.seeking and self._closing_at is None
+            seeking = seeking or wanted
+            self.meeting.tell(key, peer.offer(), now)
+            self.meeting.want(key, wanted, now)
+        self._gatherer.busy(seeking)
+        return self.meeting.messages_to_send(now)
+
     def packets_to_write(self) -> list[bytes]:
         return self.datapath.take_delivered()
 
@@ -273,7 +314,8 @@ class Node:
             if owner is None and not session.connection.is_closed:
                 times.append(self._stranger_expires(session))
         times += [at for peer in self.peers.values() if (at := peer.get_timer()) is not None]
-        others = (self._gatherer.get_timer(), self._ports_expire_at())
+        meeting = self.meeting.get_timer() if self.meeting is not None else None
+        others = (self._gatherer.get_timer(), self._ports_expire_at(), meeting)
         times += [at for at in others if at is not None]
         return min(times) if times else None
 
@@ -291,6 +333,7 @@ class Node:
             "listen_port": self._surroundings.port,
             "peers": [peer.status(now) for peer in self.peers.values()],
             "counters": {**self.counters, "unroutable_packets": self.datapath.unroutable},
+            **({"rendezvous": self.meeting.counters} if self.meeting is not None else {}),
         }
 
     def history(self) -> list[dict[str, Any]]:
@@ -340,7 +383,7 @@ class Node:
         username = username_of(data)
         for peer in self.peers.values():
             agent = peer.roaming.agent
-            if username is not None and username.partition(":")[0] != agent.local_ufrag:
+            if username is not None and not agent.answers_to(username.partition(":")[0]):
                 continue
             if agent.receive(data, path, now):
                 peer.poll(now)
@@ -354,6 +397,11 @@ class Node:
         while self._gatherer.next_event() is not None:
             for peer in self.peers.values():
                 peer.roaming.agent.reflexive_changed(self._gatherer.mapped(), now)
+
+    def _take_offers(self, now: float) -> None:
+        while self.meeting is not None and (event := self.meeting.next_event()) is not None:
+            if isinstance(event, Offered):
+                self._by_key[event.peer].offered(event, now)
 
     # sessions
 

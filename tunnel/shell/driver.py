@@ -23,6 +23,7 @@ from typing import Any, Protocol
 from tun.device import TunDevice
 from tun.errors import TunError
 from tun.linux import read_failure
+from tunnel.config import RendezvousConfig
 from tunnel.datapath.engine import Connection, Datapath, Path
 from tunnel.errors import LocalError
 from tunnel.events import (
@@ -40,10 +41,12 @@ from tunnel.events import (
     ResolveWanted,
 )
 from tunnel.path.network import Address, LocalNetwork, PathKey
+from tunnel.rendezvous.meeting import Meeting
 from tunnel.shell import clock, crypto
 from tunnel.shell.bench import Benches, BenchRefused
 from tunnel.shell.clock import HEARTBEAT, Alarm, JumpDetector
 from tunnel.shell.log import Log
+from tunnel.shell.mqtt import Signaller
 from tunnel.shell.netmon import NetworkMonitor
 from tunnel.shell.resolver import Resolver
 from tunnel.shell.udp import UdpSocket, UdpSockets, pack, unpack
@@ -84,6 +87,7 @@ class Node(Protocol):
     def network_changed(self, network: LocalNetwork, port: int, now: float) -> None: ...
     def port_opened(self, local: Address, now: float) -> None: ...
     def endpoints_resolved(self, peer: str, addresses: list[Address], now: float) -> None: ...
+    def endpoints_found(self, peer: str, addresses: list[Address], now: float) -> None: ...
     def send_failed(self, path: PathKey, error: int, now: float) -> None: ...
     def resumed(self, now: float) -> None: ...
     def handle_timer(self, now: float) -> None: ...
@@ -94,6 +98,12 @@ class Node(Protocol):
     ) -> None: ...
     def close(self, now: float) -> None: ...
     def datagrams_to_send(self, now: float) -> list[tuple[PathKey, bytes]]: ...
+    def signaller_connected(self, now: float) -> None: ...
+    def signaller_disconnected(self, now: float) -> None: ...
+    def signal_received(self, topic: str, payload: bytes, now: float) -> None: ...
+    def signals_to_send(self, now: float) -> list[tuple[str, bytes]]: ...
+    @property
+    def meeting(self) -> Meeting | None: ...
     def get_timer(self) -> float | None: ...
     def next_event(self) -> NodeEvent | None: ...
     def status(self, now: float) -> dict[str, Any]: ...
@@ -116,6 +126,7 @@ class Driver:
         *,
         listen_port: int,
         peers: list[str],
+        rendezvous: RendezvousConfig | None = None,
         strict: bool = False,
     ) -> None:
         self._loop = asyncio.get_running_loop()
@@ -131,6 +142,15 @@ class Driver:
         self._locals: dict[int, Address] = {}
         self._sockets = UdpSockets(listen_port, self._watch, self._unwatch)
         self._resolver = Resolver(self._loop, self._resolved)
+        self._signaller: Signaller | None = None
+        if rendezvous is not None and node.meeting is not None:
+            self._signaller = Signaller(
+                rendezvous,
+                will=node.meeting.will,
+                connected=lambda: self._turn(self._node.signaller_connected),
+                disconnected=lambda: self._turn(self._node.signaller_disconnected),
+                received=self._on_signal,
+            )
         self._alarm = Alarm()
         self._jumps = JumpDetector(clock.now(), clock.monotonic())
         self._heartbeat = -inf
@@ -152,6 +172,8 @@ class Driver:
     def start(self) -> None:
         """Look at the network and begin. Raises LocalError (port in use), OSError."""
         now = clock.now()
+        if self._signaller is not None:
+            self._signaller.start()
         self._take(self._monitor.snapshot(), now)
         self._loop.add_reader(self._monitor.fileno(), self._on_doorbell)
         self._loop.add_reader(self._alarm.fileno(), self._on_alarm)
@@ -172,6 +194,11 @@ class Driver:
     async def wait(self) -> None:
         """Until the node has closed. Raises TunError when the device was removed under us."""
         await asyncio.shield(self._stopped)
+
+    async def sign_off(self) -> None:
+        """Leave the broker; before `close()`."""
+        if self._signaller is not None:
+            await self._signaller.close()
 
     def close(self) -> None:
         """Stop watching and close sockets and alarm; device and monitor belong to the caller."""
@@ -198,6 +225,8 @@ class Driver:
             **crypto.report(),
             "tun_offload": [kind for kind in ("tcp", "udp") if getattr(offload, kind)],
         }
+        if self._signaller is not None:
+            status["rendezvous"] = {**status.get("rendezvous", {}), **self._signaller.status()}
         engine = {} if self._stopped.done() else self._io.counters  # it goes with close()
         status["counters"] = {
             **status.get("counters", {}),
@@ -297,6 +326,9 @@ class Driver:
     def _resolved(self, peer: str, addresses: list[Address]) -> None:
         self._turn(lambda now: self._node.endpoints_resolved(peer, addresses, now))
 
+    def _on_signal(self, topic: str, payload: bytes) -> None:
+        self._turn(lambda now: self._node.signal_received(topic, payload, now))
+
     # ---- one turn ----
 
     def _turn(self, feed: Callable[[float], object]) -> None:
@@ -312,6 +344,8 @@ class Driver:
                 self._heartbeat = -inf
                 self._look_at_network(now)  # a wake-up is a network change
                 self._node.resumed(now)
+                if self._signaller is not None:
+                    self._signaller.network_changed()
             feed(now)
         except TunError as error:
             self._fail(error)
@@ -355,6 +389,10 @@ class Driver:
             self._io.transmit()
             if not failures and not self._io.eventful():
                 break
+        if self._signaller is not None and node.meeting is not None:
+            self._signaller.subscribe(node.meeting.topics())
+            for topic, payload in node.signals_to_send(now):
+                self._signaller.publish(topic, payload)
         while (event := node.next_event()) is not None:
             self._on_event(event)
 
@@ -426,6 +464,8 @@ class Driver:
             self._told = usable
             self._node.network_changed(usable, self._sockets.port, now)
             self._loop.call_soon(self._resolver.retry)
+            if self._signaller is not None:
+                self._signaller.network_changed()
 
     def _look_later(self, seconds: float) -> None:
         if self._look is None:

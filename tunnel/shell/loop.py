@@ -87,6 +87,7 @@ async def _main(
             monitor,
             listen_port=interface.listen_port or 0,
             peers=[peer.name for peer in config.peers],
+            rendezvous=config.rendezvous,
             strict=strict,
         )
         undo.callback(driver.close)
@@ -107,6 +108,7 @@ async def _main(
             await driver.wait()
         finally:
             systemd.notify(systemd.STOPPING)
+            await driver.sign_off()
             undo.close()
             # Last, so that `martlet down` returns when all is undone.
             await server.stop()
