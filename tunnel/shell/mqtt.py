@@ -246,7 +246,7 @@ class Signaller:
                 self._failures = 0
                 self._dial()
             else:
-                self._dial(delay=self._back_off())
+                self._dial(patient=True)
 
     # Connections
 
@@ -345,8 +345,8 @@ class Signaller:
 
     # Dialling
 
-    def _dial(self, *, delay: float = 0.0, anew: bool = False) -> None:
-        """See to it that a round is under way."""
+    def _dial(self, *, anew: bool = False, patient: bool = False) -> None:
+        """See to it that a round is under way; `patient`: it begins with a wait."""
         if self._closed:
             return
         if self._round is not None:
@@ -354,7 +354,9 @@ class Signaller:
                 return
             self._round.cancel()
         self._waiting = False
-        self._round = task = self._loop.create_task(self._keep_trying(delay))
+        self._round = task = self._loop.create_task(
+            self._keep_trying(self._back_off() if patient else 0.0)
+        )
         self._tasks.add(task)
         task.add_done_callback(self._round_ended)
 
@@ -363,8 +365,8 @@ class Signaller:
         if self._round is task:
             self._round = None
             self._waiting = False
-            if self._serving is None:
-                self._dial()
+            if self._serving is None:  # let in, and lost before this was called
+                self._dial(patient=True)
         if not task.cancelled() and (error := task.exception()) is not None:
             _log.error("internal error", exc_info=error)
 
