@@ -27,12 +27,13 @@ from bench.rival import WireGuardPair
 from bench.stream import Stream
 from bench.watch import Kernel
 from cli.client import connect
+from cli.demo.core import IMPORT_ROOT
 from cli.demo.nat import Kind
 from cli.demo.netns import terminate
 from cli.demo.pair import DEVICE, INNER, Pair, Session
 from cli.demo.probe import SPACING, Probe
 from cli.demo.session import SPACING as KEYSTROKE
-from cli.demo.world import IMPORT_ROOT, HostName, World
+from cli.demo.world import HostName, World
 from tunnel.errors import MartletError
 from tunnel.shell.status import RUN_DIRECTORY
 

@@ -14,10 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cli.demo.core import PYTHON_ENV
 from cli.demo.netns import Namespace, command, terminate
 from cli.demo.session import SPACING
 from cli.demo.trace import Report, Trace, last_arrival, report
-from cli.demo.world import PORT, PYTHON_ENV, HostName, World
+from cli.demo.world import PORT, HostName, World
 
 MARTLET = (sys.executable, "-m", "cli.main")
 DEVICE = "mt0"
