@@ -182,7 +182,8 @@ def requirements() -> str:
         return "needs root"
     if not os.path.exists("/dev/net/tun"):
         return "needs /dev/net/tun"
-    tools = ("ip", "nft", "conntrack", "ping", "dumpcap", "reordercap", "tshark", "turnserver")
+    tools = ["ip", "nft", "conntrack", "ping", "dumpcap", "reordercap", "tshark"]
+    tools += ["turnserver", "mosquitto"]
     missing = [tool for tool in tools if shutil.which(tool) is None]
     if missing:
         return f"needs {', '.join(missing)}"
