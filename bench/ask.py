@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +13,8 @@ from cli.demo.pair import DEVICE
 from cli.demo.world import HostName
 from tunnel.errors import MartletError
 from tunnel.shell.status import RUN_DIRECTORY
+
+POLL = 0.02  # seconds between two looks at something that is waited for
 
 
 class Asking:
@@ -61,3 +64,13 @@ class Asking:
         """The counters of the peer."""
         found: dict[str, int] = self.status(host).get("counters", {})
         return found
+
+    @staticmethod
+    def until(condition: Callable[[], bool], patience: float, poll: float = POLL) -> bool:
+        """Wait for a condition; False when patience ended."""
+        deadline = time.monotonic() + patience
+        while not condition():
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(poll)
+        return True

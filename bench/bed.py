@@ -15,14 +15,14 @@ from __future__ import annotations
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
-from bench.ask import Asking
+from bench.ask import POLL, Asking
 from bench.capture import CORE_INTERFACES, Capture
 from bench.rival import WireGuardPair
 from bench.stream import Stream
@@ -38,7 +38,6 @@ from cli.demo.world import HostName, World
 ARTIFACTS = Path(IMPORT_ROOT) / "artifacts"
 Mode = Literal["off", "interactive", "wireguard-go"]  # martlet's redundancy, or another tunnel
 HOSTS: tuple[HostName, ...] = ("A", "B")
-POLL = 0.02  # seconds between two looks at something that is waited for
 STEADY = 0.4  # seconds of flow both ways after which all is well
 _FLOWING = 0.12  # seconds since the last arrival; the probes' own records are 50 ms late
 _TYPING = 0.3  # seconds since the last echo
@@ -231,16 +230,6 @@ class Bed(Asking):
             uplinks == 1 or active[end].rpartition(":")[0] != second[end].rpartition(":")[0]
             for end, uplinks in zip(ends, self._uplinks, strict=True)
         )
-
-    @staticmethod
-    def until(condition: Callable[[], bool], patience: float, poll: float = POLL) -> bool:
-        """Wait for a condition; False when patience ended."""
-        deadline = time.monotonic() + patience
-        while not condition():
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(poll)
-        return True
 
     # ---- asking the product ----
 

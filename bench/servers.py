@@ -136,6 +136,10 @@ class Broker(Server):
         argv = ["mosquitto", "-c", str(config)]
         super().__init__(space, argv, directory / "mosquitto.log", [], listens)
 
+    def subscriptions(self) -> int:
+        """How many requests to subscribe it has granted so far."""
+        return self.log.read_text(errors="replace").count("Sending SUBACK")
+
 
 def _coturn(directory: Path, name: str, addresses: Iterable[str], *lines: str) -> list[str]:
     config = directory / f"{name}.conf"

@@ -256,6 +256,11 @@ class Internet:
                   }}
                 }}""")  # fmt: skip
 
+    @property
+    def wires(self) -> list[str]:
+        """The core's interfaces, one for each wire."""
+        return self._core.interfaces
+
     # ---- what a configuration needs ----
 
     def address(self, name: HostName) -> str:
