@@ -158,6 +158,17 @@ def down(
     output.say(f"tunnel {name} is down")
 
 
+@app.command(epilog="Example: martlet reload mt0")
+def reload(name: Name = None) -> None:
+    """Let a running tunnel take the peers that were added to its config file, or are gone from it.
+
+    Everybody else's sessions go on. What cannot be changed while the tunnel runs is named.
+    """
+    from cli.reload import run
+
+    raise typer.Exit(run(name))
+
+
 @app.command(
     epilog="Example: martlet status  ·  martlet status mt0 --watch  ·  martlet status --json"
 )

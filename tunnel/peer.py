@@ -187,6 +187,14 @@ class Peer:
             if session is not None and session.said_hello:
                 session.say(Goodbye(reason=reason))
 
+    def leave(self) -> None:
+        """This peer is not wanted any more. Its sessions are closed by whoever says so, and what
+        becomes of them is of no interest to anybody."""
+        self._emit = _nobody
+        self.dialler.cancel()
+        self.roaming.agent.stop()
+        self.lane.hold()
+
     def reset(self, session: Session, now: float) -> None:
         """The peer says, unforgeably, that it does not know this connection."""
         if session is self.session:
@@ -446,6 +454,10 @@ class Peer:
                 **self.roaming.agent.counters,
             },
         }
+
+
+def _nobody(event: NodeEvent) -> None:
+    """Is told."""
 
 
 def _credentials(session: Session) -> Credentials:

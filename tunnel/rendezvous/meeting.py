@@ -157,6 +157,11 @@ class Meeting:
         self._peers[peer] = entry
         self._by_topic[entry.incoming] = entry
 
+    def remove_peer(self, peer: bytes) -> None:
+        """One less: what it says is not listened to any more."""
+        entry = self._peers.pop(peer)
+        del self._by_topic[entry.incoming]
+
     # inputs
 
     def connected(self, now: float) -> None:

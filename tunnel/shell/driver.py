@@ -16,14 +16,15 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import inf
 from typing import Any, Protocol
 
 from tun.device import TunDevice
 from tun.errors import TunError
 from tun.linux import read_failure
-from tunnel.config import RendezvousConfig
+from tunnel.config import IPInterface, PeerConfig, RendezvousConfig
+from tunnel.config_change import Change
 from tunnel.datapath.engine import Connection, Datapath, Path
 from tunnel.errors import LocalError
 from tunnel.events import (
@@ -97,6 +98,9 @@ class Node(Protocol):
     def bench_served(
         self, peer: str, token: int, port: int, secret: bytes, reason: str, now: float
     ) -> None: ...
+    def add_addresses(self, addresses: Sequence[IPInterface]) -> None: ...
+    def add_peer(self, config: PeerConfig, now: float) -> None: ...
+    def remove_peer(self, peer: str, now: float) -> None: ...
     def close(self, now: float) -> None: ...
     def datagrams_to_send(self, now: float) -> list[tuple[PathKey, bytes]]: ...
     def signaller_connected(self, now: float) -> None: ...
@@ -136,7 +140,8 @@ class Follower(Protocol):
 class Driver:
     """Drives one node in the running loop. Implements `status.Control`.
 
-    `strict` is for tests: the first bug ends the tunnel, and `wait()` raises it.
+    `reload` reads the configuration again, changes the interface, and says what is new. `strict`
+    is for tests: the first bug ends the tunnel, and `wait()` raises it.
     """
 
     def __init__(
@@ -148,13 +153,15 @@ class Driver:
         listen_port: int,
         peers: list[str],
         rendezvous: RendezvousConfig | None = None,
+        reload: Callable[[], Change] | None = None,
         strict: bool = False,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._node = node
         self._tun = tun
         self._monitor = monitor
-        self._peers = peers
+        self._peers = list(peers)
+        self._reload = reload
         self._strict = strict
         self._io = node.datapath.drive(
             tun.fileno(), tcp=tun.offload.tcp, udp=tun.offload.udp, aim=self._aim
@@ -299,6 +306,36 @@ class Driver:
     def endpoints_found(self, peer: str, addresses: list[Address]) -> None:
         """Where a peer seems to be, in full."""
         self._turn(lambda now: self._node.endpoints_found(peer, addresses, now))
+
+    def reload(self) -> dict[str, list[str]]:
+        """Take what is new in the configuration; returns names, as strings.
+
+        Raises ConfigError, LocalError, TunError: then nothing has changed.
+        """
+        if self._reload is None:
+            raise LocalError("this tunnel has no configuration file")
+        change = self._reload()
+
+        def feed(now: float) -> None:
+            if change.addresses:
+                self._node.add_addresses(change.addresses)
+            for name in change.removed:
+                self._node.remove_peer(name, now)
+                self._resolver.forget(name)
+            for peer in change.added:
+                self._node.add_peer(peer, now)
+
+        self._peers = [name for name in self._peers if name not in change.removed]
+        self._peers += [peer.name for peer in change.added]
+        if change:
+            self._turn(feed)
+        news = {
+            "addresses": [str(address) for address in change.addresses],
+            "added": [peer.name for peer in change.added],
+            "removed": list(change.removed),
+        }
+        _log.info("reloaded", **{key: ",".join(names) for key, names in news.items() if names})
+        return news
 
     # ---- what wakes us ----
 
