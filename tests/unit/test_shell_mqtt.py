@@ -752,15 +752,17 @@ def test_a_half_open_connection_is_replaced_after_a_change_of_the_network() -> N
 def test_an_unanswered_publication_makes_doubtful_and_whoever_speaks_first_serves() -> None:
     async def main() -> None:
         async with Broker() as broker:
-            ends = Ends(broker.url)
+            ends = Ends(broker.url, greet=b"here")
             ends.signaller.subscribe(frozenset([TOPIC]))
             async with ends:
-                await until(lambda: ends.state == "connected")
+                await until(lambda: ends.received)
                 broker.connections[0].deaf = True
                 ends.signaller.publish(TOPIC, b"into the void")
-                await until(lambda: ends.events == ["connected", "disconnected", "connected"])
+                await until(lambda: len(ends.received) == 2)
                 assert ends.state == "connected" and not ends.error
                 await until(lambda: len(broker.open) == 1)
+                await asyncio.sleep(0.2)
+                assert ends.events == ["connected", "disconnected", "connected"]
 
     run(main())
 

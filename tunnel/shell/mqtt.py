@@ -207,12 +207,12 @@ class Signaller:
         if not link.eager:
             link.subscribe(self._topics)
         serving = self._serving
-        if serving is not None and serving is not link and serving.accepted and not self._doubted:
-            self._let_go(link)  # the old one spoke first
-            return
         if serving is not link:
+            if serving is not None and serving.accepted and self._doubted is None:
+                self._let_go(link)  # the old one spoke first
+                return
             self._serve(link)
-        self._doubted, self._changed, self._patience = None, False, 1.0
+        self._patience = 1.0
         self._served_since = self._loop.time()
         self._error = None
         self._set_state()
@@ -253,6 +253,7 @@ class Signaller:
     def _serve(self, link: Link) -> None:
         """From now on this connection serves, in place of any other."""
         old, self._serving = self._serving, link
+        self._doubted, self._changed = None, False  # that was about the old one
         if old is not None:
             self._call(self._on_disconnected)
             self._let_go(old)
