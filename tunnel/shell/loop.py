@@ -97,6 +97,13 @@ async def _main(
             rng = random.SystemRandom()
             mapper = PortMapper(loop, driver.ports_mapped, secret=secret, rng=rng)
             driver.follow("port_mappings", mapper)
+        alone = {p.public_key.raw: p.name for p in config.peers if not p.endpoint}
+        if alone and config.rendezvous is None:
+            from tunnel.shell.mdns import LinkDiscovery  # which takes a while to be imported
+
+            own, rng = identity.public_key.raw, random.SystemRandom()
+            discovery = LinkDiscovery(loop, driver.endpoints_found, own=own, peers=alone, rng=rng)
+            driver.follow("link", discovery)
         driver.start()
 
         server = ControlServer(claimed, driver)
