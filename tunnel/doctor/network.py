@@ -173,7 +173,7 @@ def _mtu(facts: Facts) -> Iterator[Finding]:
     details = {
         name: {"link": mtu, "path": measured.get(name)} for name, mtu in sorted(links.items())
     }
-    good = []
+    good: dict[bool, list[str]] = {True: [], False: []}  # by whether the path was measured
     for name, link in links.items():
         path = measured.get(name, link)
         least = QUIC_PAYLOAD + 28
@@ -207,9 +207,13 @@ def _mtu(facts: Facts) -> Iterator[Finding]:
                 details=details,
             )
         else:
-            good.append(f"{path if name in measured else link} bytes on {name}")
-    if good:
-        yield Finding("mtu", State.OK, f"packets of {_some(good)} get through", details=details)
+            good[name in measured].append(f"{path} bytes on {name}")
+    if good[True]:
+        summary = f"packets of {_some(good[True])} get through"
+        yield Finding("mtu", State.OK, summary, details=details)
+    if good[False]:
+        summary = f"links carry packets of {_some(good[False])}; the paths were not measured"
+        yield Finding("mtu", State.OK, summary, details=details)
 
 
 def _dns(facts: Facts) -> Iterator[Finding]:

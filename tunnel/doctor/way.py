@@ -282,7 +282,7 @@ def _servers(
         }
         if not server.error:
             gave = f", relayed address {server.detail}" if server.detail else ""
-            took = "" if server.seconds is None else f" in {_ms(server.seconds)}"
+            took = "" if server.seconds is None else f" ({_ms(server.seconds)})"
             summary = f"{name} lets us in{took}{gave}"
             yield Finding(check, State.OK, summary, details=details)
         else:

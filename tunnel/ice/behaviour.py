@@ -21,8 +21,8 @@ which is the rule and the worse case; nothing tells how such a NAT filters.
 The same round finds the largest packet of a few sizes that gets through: padded questions, which
 are answered or not.
 
-Everything is over within LIMIT, whatever is lost. All state and no I/O: the caller has the sockets
-and the time.
+Everything is over within a limit, whatever is lost. All state and no I/O: the caller has the
+sockets and the time.
 """
 
 from __future__ import annotations
@@ -167,12 +167,16 @@ class Discovery:
         now: float,
         *,
         link_mtu: int = 1500,
+        limit: float = LIMIT,
     ) -> None:
-        """`servers` are of the family of the sockets; more than 4 are not asked."""
+        """`servers` are of the family of the sockets; more than 4 are not asked.
+
+        `limit`: seconds for all of it.
+        """
         self._sockets = sockets
         self._servers = tuple(dict.fromkeys(servers))[:MAX_SERVERS]
         self._rng = rng
-        self._deadline = now + LIMIT
+        self._deadline = now + limit
         self._last = now - PACE
         """When the latest of the questions is, or was, due first."""
         self._tests: list[_Test] = []

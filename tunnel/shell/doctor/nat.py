@@ -22,11 +22,11 @@ _IP_MTU_DISCOVER, _IPV6_MTU_DISCOVER, _PMTUDISC_PROBE = 10, 23, 3  # <linux/in.h
 
 
 async def measure(
-    ip: str, interface: str, servers: Sequence[Address], link_mtu: int
+    ip: str, interface: str, servers: Sequence[Address], *, link_mtu: int, limit: float
 ) -> Behaviour | None:
     """Ask these servers from this address; None when it cannot be bound.
 
-    `interface`: the device to bind to, "" for any. `link_mtu` in bytes.
+    `interface`: the device to bind to, "" for any. `link_mtu` in bytes, `limit` in seconds.
     """
     sockets: list[socket.socket] = []
     try:
@@ -35,7 +35,7 @@ async def measure(
                 sockets.append(_open(ip, interface))
         except OSError:
             return None
-        measurement = _Measurement(sockets, servers, link_mtu)
+        measurement = _Measurement(sockets, servers, link_mtu, limit)
         try:
             return await measurement.run()
         finally:
@@ -47,14 +47,23 @@ async def measure(
 
 class _Measurement:
     def __init__(
-        self, sockets: Sequence[socket.socket], servers: Sequence[Address], link_mtu: int
+        self,
+        sockets: Sequence[socket.socket],
+        servers: Sequence[Address],
+        link_mtu: int,
+        limit: float,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._sockets = {Address.from_sockaddr(each.getsockname()): each for each in sockets}
         self._done = self._loop.create_future()
         self._timer: asyncio.TimerHandle | None = None
         self._discovery = Discovery(
-            Sockets(*self._sockets), servers, random.SystemRandom(), clock.now(), link_mtu=link_mtu
+            Sockets(*self._sockets),
+            servers,
+            random.SystemRandom(),
+            clock.now(),
+            link_mtu=link_mtu,
+            limit=limit,
         )
 
     async def run(self) -> Behaviour:
