@@ -83,6 +83,9 @@ class FakeNode:
     def endpoints_resolved(self, peer: str, addresses: list[Address], now: float) -> None:
         self.calls.append(("endpoints_resolved", peer, addresses))
 
+    def endpoints_found(self, peer: str, addresses: list[Address], now: float) -> None:
+        self.calls.append(("endpoints_found", peer, addresses))
+
     def send_failed(self, path: PathKey, error: int, now: float) -> None:
         self.calls.append(("send_failed", path, error))
         if self.on_send_failed is not None:

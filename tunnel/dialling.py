@@ -3,6 +3,10 @@
 Initials of one handshake leave on the best path at once and on the others staggered; the first to
 be answered is the path of the session. A handshake that nobody answers is begun anew, with names
 resolved again, for as long as somebody wants the peer.
+
+Where the peer may be is known from configuration, or was found since: announced on the link we
+share. What was found is a hint from whoever could send one, so it is few, comes after what is
+configured, is forgotten when the network changes, and nothing is believed but the handshake.
 """
 
 from collections.abc import Callable
@@ -19,6 +23,8 @@ DIAL_STAGGER = 0.05
 DIAL_PATHS = 16
 """At once: four uplinks to four addresses. What is beyond has its turn when nobody answered."""
 MAX_PATHS = 100
+MAX_FOUND = 8
+"""Addresses that were found: two interfaces, each with IPv4 and some of IPv6."""
 DIAL_TIMEOUT = 5.0
 """Seconds until a handshake that nobody answered is begun anew, names resolved again."""
 HANDSHAKE_PATIENCE = 3.0
@@ -43,6 +49,8 @@ class Dialler:
         """The handshake under way."""
         self.resolved = [Address(str(e.ip), e.port) for e in config.endpoint if e.ip is not None]
         """Where the peer may be, as far as names are resolved."""
+        self.found: list[Address] = []
+        """Where else it may be, by what was announced on the link."""
         self._config = config
         self._make = make
         self._emit = emit
@@ -53,11 +61,16 @@ class Dialler:
         self._unanswered = 0
         """Handshakes that nobody answered."""
 
+    @property
+    def dialable(self) -> bool:
+        """Whether there is anywhere to dial."""
+        return bool(self._config.endpoint or self.found)
+
     # what the peer wants
 
     def want(self, at: float) -> None:
-        """Dial at that time at the latest, if there is an endpoint, unless it is being done."""
-        if self._config.endpoint and self.session is None:
+        """Dial at that time at the latest, if there is anywhere to, unless it is being done."""
+        if self.dialable and self.session is None:
             self._at = at if self._at is None else min(at, self._at)
 
     def hurry(self, now: float) -> None:
@@ -86,6 +99,8 @@ class Dialler:
     # inputs
 
     def network_changed(self, network: LocalNetwork, port: int, now: float) -> None:
+        if network != self._network:
+            self.found = []
         self._network, self._port = network, port
         self._queue_paths(now)
 
@@ -97,6 +112,11 @@ class Dialler:
             self._queue_paths(now)
         elif addresses:
             self.hurry(now)
+
+    def endpoints_found(self, addresses: list[Address], now: float) -> None:
+        """In place of what was found before. Whoever tells this says by `want` whether to dial."""
+        self.found = unique(addresses)[:MAX_FOUND]
+        self._queue_paths(now)
 
     def get_timer(self) -> float | None:
         times = [at for at, _ in self._queue]
@@ -125,7 +145,7 @@ class Dialler:
 
     def _begin(self, now: float) -> None:
         self._at = None
-        if self.session is not None:
+        if self.session is not None or not self.dialable:
             return
         names = tuple(e for e in self._config.endpoint if e.ip is None)
         if names and not self._resolving:
@@ -141,7 +161,8 @@ class Dialler:
         self._queue_paths(now)
 
     def _paths(self) -> list[PathKey]:
-        found = candidates(self._network, self._port, self.resolved, limit=MAX_PATHS)
+        remotes = unique([*self.resolved, *self.found])
+        found = candidates(self._network, self._port, remotes, limit=MAX_PATHS)
         if len(found) <= DIAL_PATHS:
             return found
         first = self._unanswered * DIAL_PATHS % len(found)

@@ -190,6 +190,10 @@ class Node:
         else:
             self.peers[peer].endpoints_resolved(addresses, now)
 
+    def endpoints_found(self, peer: str, addresses: list[Address], now: float) -> None:
+        """Where a peer seems to be, in place of what was found before; hints, unauthenticated."""
+        self.peers[peer].endpoints_found(addresses, now)
+
     def send_failed(self, path: PathKey, error: int, now: float) -> None:
         self.counters["send_errors"] += 1
         for peer in self.peers.values():
@@ -340,7 +344,7 @@ class Node:
         username = username_of(data)
         for peer in self.peers.values():
             agent = peer.roaming.agent
-            if username is not None and username.partition(":")[0] != agent.local_ufrag:
+            if username is not None and not agent.answers_to(username.partition(":")[0]):
                 continue
             if agent.receive(data, path, now):
                 peer.poll(now)

@@ -134,6 +134,14 @@ class Peer:
         self.dialler.endpoints_resolved(addresses, now)
         self.roaming.endpoints(self.dialler.resolved, now)
 
+    def endpoints_found(self, addresses: list[Address], now: float) -> None:
+        """Where the peer seems to be by what it announces on a link; replaces what was found before
+        this way, and may be nothing."""
+        self.dialler.endpoints_found(addresses, now)
+        if self.session is None or self.state == "holding":
+            # It finds us as we find it.
+            self.dialler.want(now + (0.0 if self._smaller else COURTESY_WAIT))
+
     def resumed(self, now: float) -> None:
         """The host or the process slept: whatever was known about paths is old."""
         if self.session is None:

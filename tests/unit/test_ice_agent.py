@@ -286,14 +286,14 @@ def test_stopped_is_silent() -> None:
     agent = agent_with(PEER)
     request = check.request(THEIRS, bytes(12), 1)
     agent.stop()
-    assert [agent.running, agent.local_ufrag] == [False, None]
+    assert [agent.running, agent.answers_to(OURS.local_ufrag)] == [False, False]
     assert not agent.receive(request, PATH, START)
     agent.check_now(START)
     agent.send_failed(PATH, START)
     agent.handle_timer(START + 99)
     assert agent.datagrams_to_send(START) == [] and agent.get_timer() is None
     agent.start(OURS, START + 100)
-    assert [agent.running, agent.local_ufrag] == [True, OURS.local_ufrag]
+    assert [agent.running, agent.answers_to(OURS.local_ufrag)] == [True, True]
     assert len(agent.datagrams_to_send(START + 100)) == 1
 
 

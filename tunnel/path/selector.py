@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from tunnel.path.network import Address, LocalNetwork, PathKey, is_usable_remote
 
@@ -35,6 +36,8 @@ SETTLE_LIMIT = 60.0
 FLAP_MEMORY = 120.0
 """Seconds after which a move is forgotten; until then each doubles the wait for the next one that
 nobody needs."""
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,9 +188,9 @@ def candidates(
     return [entry[3] for entry in ranked[:limit]]
 
 
-def unique(addresses: Iterable[Address]) -> list[Address]:
+def unique(items: Iterable[_T]) -> list[_T]:
     """Without repetitions, in order."""
-    return list(dict.fromkeys(addresses))
+    return list(dict.fromkeys(items))
 
 
 def best_from(network: LocalNetwork, port: int, remotes: Sequence[Address]) -> PathKey | None:
