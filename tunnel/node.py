@@ -190,6 +190,12 @@ class Node:
         else:
             self.peers[peer].endpoints_resolved(addresses, now)
 
+    def mapped_ports_changed(self, mapped: dict[Address, Address], now: float) -> None:
+        """By local socket, the external addresses that routers have mapped to it, in full."""
+        for peer in self.peers.values():
+            peer.roaming.agent.mapped_ports_changed(mapped, now)
+            peer.poll(now)
+
     def endpoints_found(self, peer: str, addresses: list[Address], now: float) -> None:
         """Where a peer seems to be, in place of what was found before; hints, unauthenticated."""
         self.peers[peer].endpoints_found(addresses, now)

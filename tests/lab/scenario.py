@@ -182,6 +182,7 @@ def requirements() -> str:
     if not os.path.exists("/dev/net/tun"):
         return "needs /dev/net/tun"
     tools = ("ip", "nft", "conntrack", "ping", "dumpcap", "reordercap", "tshark", "turnserver")
+    tools += ("miniupnpd",)
     missing = [tool for tool in tools if shutil.which(tool) is None]
     if missing:
         return f"needs {', '.join(missing)}"

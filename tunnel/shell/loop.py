@@ -26,6 +26,7 @@ from tunnel.shell import clock, qlog, systemd
 from tunnel.shell.driver import Driver, Node
 from tunnel.shell.log import Log
 from tunnel.shell.netmon import Netlink
+from tunnel.shell.portmap import PortMapper
 from tunnel.shell.status import ControlServer, ControlSocket
 
 NodeFactory = Callable[[Config, Identity, TextIO | None], Node]
@@ -90,6 +91,11 @@ async def _main(
             strict=strict,
         )
         undo.callback(driver.close)
+        if config.ice.port_mapping:
+            secret = identity.derive(b"martlet port mapping", 32)
+            rng = random.SystemRandom()
+            mapper = PortMapper(loop, driver.ports_mapped, secret=secret, rng=rng)
+            driver.follow("port_mappings", mapper)
         driver.start()
 
         server = ControlServer(claimed, driver)
