@@ -267,7 +267,7 @@ def test_an_invalid_configuration_is_a_finding_with_its_line() -> None:
     ],
 )
 def test_files(file: FileFacts, state: State, remedy: str) -> None:
-    found = one("private-key", configured(files=(file,)))
+    found = one("files", configured(files=(file,)))
     assert (found.state, found.remedy) == (state, remedy)
 
 

@@ -51,17 +51,17 @@ def _file(file: FileFacts) -> Finding:
     details = {"path": file.path, "what": file.what}
     if file.error:
         summary = f"{file.what} {file.path}: {file.error}"
-        return Finding("private-key", State.PROBLEM, summary, file.remedy, details)
+        return Finding("files", State.PROBLEM, summary, file.remedy, details)
     if file.mode is not None and file.mode & 0o077:
         return Finding(
-            "private-key",
+            "files",
             State.WARNING,
             f"{file.what} {file.path} may be read by others (mode {file.mode:04o})",
             f"chmod 600 {file.path}",
             details,
         )
     return Finding(
-        "private-key", State.OK, f"{file.what} {file.path} is there, for its owner only",
+        "files", State.OK, f"{file.what} {file.path} is there, for its owner only",
         details=details,
     )  # fmt: skip
 

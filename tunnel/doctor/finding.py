@@ -19,7 +19,7 @@ Check = Literal[
     "run-directory",
     "clock",
     "config",
-    "private-key",
+    "files",
     "port",
     "name",
     "clash",
@@ -46,7 +46,7 @@ GROUPS: Mapping[str, tuple[Check, ...]] = {
     "This host": (
         "privileges", "tun", "kernel", "engine", "loopback", "buffers", "run-directory", "clock",
     ),
-    "Configuration": ("config", "private-key", "port", "name", "clash"),
+    "Configuration": ("config", "files", "port", "name", "clash"),
     "Network": ("addresses", "routes", "ipv6", "rp-filter", "firewall", "mtu", "dns"),
     "Way to peers": ("udp", "nat", "cgnat", "port-mapping", "stun", "turn", "broker"),
     "Tunnels": ("tunnel", "peer"),

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from ipaddress import ip_address
 from typing import Literal
 
 from tunnel.doctor.facts import Facts, ServerFacts, StunFacts
 from tunnel.doctor.finding import Finding, Nat, State
 from tunnel.doctor.network import family
 from tunnel.ice.behaviour import Filtering, Mapping, is_cgnat
+from tunnel.ice.portmap import is_translated
 
 RELAY_LINE = 'turn = [{ url = "turns:HOST:443", username = "...", password_file = "..." }] in [ice]'
 
@@ -166,7 +166,7 @@ def _cgnat(facts: Facts) -> Iterator[Finding]:
         host = None if mapped is None else mapped.host
         local = nat.behaviour.local.host
         # What a gateway says of itself concerns the address behind it; here there is mostly one.
-        router = external if ":" not in local and ip_address(local).is_private else None
+        router = external if ":" not in local and is_translated(local) else None
         if nat.behaviour.cgnat or is_cgnat(local, host, router):
             behind.append(nat.interface)
     if not behind:

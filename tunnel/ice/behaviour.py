@@ -36,6 +36,7 @@ from ipaddress import IPv4Network, ip_address
 from typing import NamedTuple
 
 from tunnel.ice import check
+from tunnel.ice.portmap import is_translated
 from tunnel.path.network import Address, PathKey, is_usable_remote
 
 WAITS = (0.5, 1.0, 1.0)
@@ -144,8 +145,7 @@ def is_cgnat(local: str, mapped: str | None, router: str | None = None) -> bool:
         return True
     if router is None or mapped is None:
         return False
-    external = ip_address(router)
-    return external in SHARED or external.is_private or external != ip_address(mapped)
+    return is_translated(router) or ip_address(router) != ip_address(mapped)
 
 
 class Sockets(NamedTuple):

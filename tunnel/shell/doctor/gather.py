@@ -13,10 +13,8 @@ Each part bounds its own time, so that the whole is bounded and nothing has to b
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import stat
-import threading
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -25,13 +23,22 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from tunnel.config import Config, Endpoint, RendezvousConfig, check_own_key
-from tunnel.doctor.facts import Facts, FileFacts, NameFacts, NetworkFacts, StunFacts, TunnelFacts
+from tunnel.doctor.facts import (
+    Facts,
+    FileFacts,
+    NameFacts,
+    NetworkFacts,
+    PortMappingFacts,
+    StunFacts,
+    TunnelFacts,
+)
 from tunnel.doctor.finding import Nat
 from tunnel.errors import ConfigError
 from tunnel.identity import Identity
 from tunnel.path.network import Address, LocalAddress, is_usable_remote
 from tunnel.shell import clock
-from tunnel.shell.doctor import broker, host, nat, network
+from tunnel.shell.doctor import broker, gateways, host, nat, network
+from tunnel.shell.doctor.threads import in_thread
 from tunnel.shell.resolver import lookup
 from tunnel.shell.udp import device_for
 
@@ -66,8 +73,8 @@ async def gather(request: Request, progress: Progress) -> Facts:
     began = clock.now()
     config = request.config
     tasks = _Tasks(progress)
-    machine = tasks.start("this host", _in_thread(host.gather))
-    local = tasks.start("network", _in_thread(lambda: _network(request)))
+    machine = tasks.start("this host", in_thread(host.gather))
+    local = tasks.start("network", in_thread(lambda: _network(request)))
     port = None if config is None else config.interface.listen_port
     firewall = tasks.start("firewall", network.firewall(port))
     brokers = [
@@ -88,7 +95,13 @@ async def gather(request: Request, progress: Progress) -> Facts:
         addresses = [a for endpoint, _ in servers for a in _addresses(endpoint, names)]
         return await _measure(await local, addresses, began + LIMIT)
 
+    async def routers() -> tuple[PortMappingFacts, ...]:
+        if config is not None and not config.ice.port_mapping:
+            return ()
+        return await gateways.ask((await local).usable, LIMIT - 1)
+
     nats = tasks.start("STUN", measure())
+    mappers = tasks.start("the router", routers())
     await tasks.finish()
     return Facts(
         version=version("martlet"),
@@ -105,6 +118,7 @@ async def gather(request: Request, progress: Progress) -> Facts:
         ),
         nats=nats.result(),
         brokers=tuple(task.result() for task in brokers),
+        port_mapping=mappers.result(),
         tunnels=request.tunnels,
     )
 
@@ -135,33 +149,6 @@ class _Tasks:
         finally:
             for task in self._running:
                 task.cancel()
-
-
-async def _in_thread(work: Callable[[], T]) -> T:
-    """Its result; the thread is not waited for at exit, should the kernel hold it up."""
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[T] = loop.create_future()
-
-    def finish(result: T | None, error: BaseException | None) -> None:
-        if future.done():
-            return
-        if error is not None:
-            future.set_exception(error)
-        else:
-            future.set_result(result)  # type: ignore[arg-type]
-
-    def run() -> None:
-        result: T | None = None
-        problem: BaseException | None = None
-        try:
-            result = work()
-        except BaseException as error:
-            problem = error
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody wants it any more
-            loop.call_soon_threadsafe(finish, result, problem)
-
-    threading.Thread(target=run, name="doctor", daemon=True).start()
-    return await future
 
 
 # what the configuration and the command line name
@@ -220,7 +207,7 @@ async def _resolve(name: str, users: Sequence[str]) -> NameFacts:
     began = clock.now()
     try:
         async with asyncio.timeout(LIMIT - 1):
-            addresses = await _in_thread(lambda: lookup(name, 0))
+            addresses = await in_thread(lambda: lookup(name, 0))
     except TimeoutError:
         error = f"no answer within {LIMIT - 1:g} s"
     except (OSError, UnicodeError) as problem:  # UnicodeError: a label the codec refuses
