@@ -7,6 +7,9 @@ resolved again, for as long as somebody wants the peer.
 Where the peer may be is known from configuration, or was found since: announced on the link we
 share. What was found is a hint from whoever could send one, so it is few, comes after what is
 configured, is forgotten when the network changes, and nothing is believed but the handshake.
+
+A path on which the peer has answered a check (`tunnel.ice`, after the rendezvous) comes before all
+that are merely written down.
 """
 
 from collections.abc import Callable
@@ -25,6 +28,8 @@ DIAL_PATHS = 16
 MAX_PATHS = 100
 MAX_FOUND = 8
 """Addresses that were found: two interfaces, each with IPv4 and some of IPv6."""
+MAX_ANSWERED = 8
+"""Paths on which a check was answered that are remembered: as many as the agent keeps warm."""
 DIAL_TIMEOUT = 5.0
 """Seconds until a handshake that nobody answered is begun anew, names resolved again."""
 HANDSHAKE_PATIENCE = 3.0
@@ -55,6 +60,7 @@ class Dialler:
         self._make = make
         self._emit = emit
         self._network, self._port = LocalNetwork(), 0
+        self._answered: list[PathKey] = []
         self._at: float | None = None
         self._queue: list[tuple[float, PathKey]] = []
         self._resolving = False
@@ -64,7 +70,7 @@ class Dialler:
     @property
     def dialable(self) -> bool:
         """Whether there is anywhere to dial."""
-        return bool(self._config.endpoint or self.found)
+        return bool(self._config.endpoint or self.found or self._answered)
 
     # what the peer wants
 
@@ -102,6 +108,8 @@ class Dialler:
         if network != self._network:
             self.found = []
         self._network, self._port = network, port
+        usable = {address.ip for address in network.addresses}
+        self._answered = [key for key in self._answered if key.local.host in usable]
         self._queue_paths(now)
 
     def endpoints_resolved(self, addresses: list[Address], now: float) -> None:
@@ -117,6 +125,12 @@ class Dialler:
         """In place of what was found before. Whoever tells this says by `want` whether to dial."""
         self.found = unique(addresses)[:MAX_FOUND]
         self._queue_paths(now)
+
+    def path_answered(self, key: PathKey) -> None:
+        """The peer has answered a check there: the newest is the best guess."""
+        self._answered = unique([key, *self._answered])[:MAX_ANSWERED]
+        if self.session is not None and key not in self.session.connection.dial_paths:
+            self.session.connection.add_dial_path(key)
 
     def get_timer(self) -> float | None:
         times = [at for at, _ in self._queue]
@@ -162,7 +176,8 @@ class Dialler:
 
     def _paths(self) -> list[PathKey]:
         remotes = unique([*self.resolved, *self.found])
-        found = candidates(self._network, self._port, remotes, limit=MAX_PATHS)
+        written = candidates(self._network, self._port, remotes, limit=MAX_PATHS)
+        found = unique([*self._answered, *written])
         if len(found) <= DIAL_PATHS:
             return found
         first = self._unanswered * DIAL_PATHS % len(found)

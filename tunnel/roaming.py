@@ -26,10 +26,10 @@ from dataclasses import dataclass, replace
 
 from tunnel.books import Books
 from tunnel.config import Redundancy
-from tunnel.control import CandidateEntry, Candidates, Observed
+from tunnel.control import Candidates, Observed
 from tunnel.events import NodeEvent, PortWanted
 from tunnel.ice.agent import Agent
-from tunnel.ice.candidate import Base, Kind
+from tunnel.ice.candidate import Base, Kind, entry_of
 from tunnel.ice.events import CandidatesChanged, PairAnswered, PairDown, PairUp
 from tunnel.ice.pair import PairState
 from tunnel.ledger import Ledger, Trigger
@@ -87,7 +87,8 @@ class Wish:
 class Roaming:
     """The paths of one peer's session. All times are the monotonic seconds the shell passes in.
 
-    `hold` and `revive` are told when there is no way at all, and when there may be one again.
+    `hold` and `revive` are told when there is no way at all, and when there may be one again;
+    `answered`, of paths on which a check was answered while there is no session.
     """
 
     def __init__(
@@ -102,6 +103,7 @@ class Roaming:
         emit: Callable[[NodeEvent], None],
         hold: Callable[[float], None],
         revive: Callable[[float], None],
+        answered: Callable[[PathKey, float], None],
     ) -> None:
         self.agent = agent
         self.surroundings = Surroundings(LocalNetwork(), 0)
@@ -114,6 +116,7 @@ class Roaming:
         self._emit = emit
         self._hold = hold
         self._revive = revive
+        self._path_answered = answered
         self._session: Session | None = None
         self._configured: list[Address] = []
         self._suspicion: Suspicion | None = None
@@ -153,6 +156,14 @@ class Roaming:
     def suspect(self) -> bool:
         """Whether the active path may be dead."""
         return self._suspicion is not None
+
+    @property
+    def stranded(self) -> bool:
+        """Whether no path is known to work: the active one may be dead, and no other answered."""
+        suspicion = self._suspicion
+        return self._pathless_since is not None or (
+            suspicion is not None and not suspicion.answered
+        )
 
     @property
     def _open(self) -> Session | None:
@@ -331,8 +342,9 @@ class Roaming:
         self._pathless_since = None
         self._move(session, target, trigger, reason, at=at, detected=now, now=now)
         connection.leave(active)
-        if len(warm) > 1:
-            # The other end may have lost the same path at the same moment: do not wait for silence.
+        if len(warm) != 1:
+            # The other end may have lost the same path at the same moment, or all it had: do not
+            # wait for silence.
             self._doubt(session, trigger, silent_since=now, now=now)
 
     def _peer_moved(self, session: Session, event: PeerMoved, now: float) -> None:
@@ -533,6 +545,8 @@ class Roaming:
         changed = False
         while (event := self.agent.next_event()) is not None:
             if session is None:
+                if isinstance(event, PairUp) and self._session is None:
+                    self._path_answered(event.key, now)
                 continue
             if isinstance(event, PairUp | PairAnswered):
                 pair = self.agent.pair(event.key)
@@ -572,10 +586,10 @@ class Roaming:
 
     def poll(self, now: float) -> None:
         """Look at the state: progress, confirmations, answers, verdicts."""
+        self._take_events(now)
         session = self._open
         if session is None:
             return
-        self._take_events(now)
         progress = session.connection.active.metrics.last_progress_at
         self._books.acknowledged(progress)
         suspicion = self._suspicion
@@ -614,10 +628,10 @@ class Roaming:
         if now - self._traffic_at > QUIET:
             self.agent.busy(False)
         self.agent.handle_timer(now)
+        self._take_events(now)
         session = self._open
         if session is None:
             return
-        self._take_events(now)
         suspect_at = self._suspect_at(session)
         if suspect_at is not None and now >= suspect_at:
             self._suspect(session, Trigger.SUSPECT, now)
@@ -643,8 +657,4 @@ class Roaming:
 
 def _candidates(agent: Agent) -> Candidates:
     generation, candidates = agent.candidates()
-    entries = [
-        CandidateEntry(address=str(c.address), kind=c.kind.value, rank=c.rank, metered=c.metered)
-        for c in candidates
-    ]
-    return Candidates(generation=generation, candidates=tuple(entries))
+    return Candidates(generation=generation, candidates=tuple(map(entry_of, candidates)))

@@ -10,25 +10,20 @@ connect     from the first datagram that A's daemon sends, B's being up already,
 
 from __future__ import annotations
 
-import contextlib
-import socket
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 
 from bench.bed import HOSTS, Bed
 from bench.roam.runs import Cell, Run, Settings, Watched, ms
+from bench.trial import trying
 from bench.watch import Packets
 from cli.demo.events import forget_nat, remove_interface
-from cli.demo.netns import Namespace, terminate
+from cli.demo.netns import terminate
 from cli.demo.pair import INNER, PairError, tail
 from cli.demo.world import PORT
 
 _PATIENCE = 3.0  # seconds for a new interface to become a path
 _CONNECTED = 15.0  # seconds for the first packet
-_EVERY = 0.001  # seconds between the packets that try to pass
-_TRIAL_PORT = 7009
 _POLL = 0.005  # seconds between two questions for the status
 
 
@@ -77,8 +72,8 @@ def connect(bed: Bed, cell: Cell, settings: Settings) -> Run:
         raise PairError(f"the tunnel of B did not start:\n{tail(bed.pair.log('B'))}")
     with (
         closing(Packets(ends["A"])) as packets,
-        _trying(ends["A"], ends["B"], INNER["B"][family]) as at_b,
-        _trying(ends["B"], ends["A"], INNER["A"][family]) as at_a,
+        trying(ends["A"], ends["B"], INNER["B"][family]) as at_b,
+        trying(ends["B"], ends["A"], INNER["A"][family]) as at_a,
     ):
         started = time.monotonic()
         bed.pair.start("A")
@@ -90,44 +85,3 @@ def connect(bed: Bed, cell: Cell, settings: Settings) -> Run:
     terminate(list(bed.pair.processes.values()))
     bed.pair.processes.clear()
     return run
-
-
-@contextmanager
-def _trying(source: Namespace, target: Namespace, address: str) -> Iterator[list[float]]:
-    """Send to an address that does not exist yet until the context ends; yields when packets
-    arrived (the first one only).
-    """
-    kind = socket.AF_INET6 if ":" in address else socket.AF_INET
-
-    def make() -> socket.socket:
-        return socket.socket(kind, socket.SOCK_DGRAM)
-
-    sender, receiver = source.call(make), target.call(make)
-    receiver.bind(("::" if kind == socket.AF_INET6 else "0.0.0.0", _TRIAL_PORT))
-    receiver.settimeout(_CONNECTED)
-    arrived: list[float] = []
-    stopped = threading.Event()
-
-    def receive() -> None:
-        with contextlib.suppress(OSError):
-            receiver.recv(100)
-            arrived.append(time.monotonic())
-
-    def send() -> None:
-        while not stopped.wait(_EVERY):
-            with contextlib.suppress(OSError):
-                sender.sendto(b"through?", (address, _TRIAL_PORT))
-
-    threads = [threading.Thread(target=receive), threading.Thread(target=send)]
-    try:
-        for thread in threads:
-            thread.start()
-        yield arrived
-    finally:
-        stopped.set()
-        with contextlib.suppress(OSError):
-            receiver.shutdown(socket.SHUT_RD)
-        for thread in threads:
-            thread.join()
-        sender.close()
-        receiver.close()

@@ -17,6 +17,7 @@ from typing import NamedTuple
 from aioice.candidate import candidate_priority
 
 from tunnel.config import IPNetwork
+from tunnel.control import CandidateEntry
 from tunnel.path.network import Address, is_usable_remote
 
 MAX_RANK = 255
@@ -42,6 +43,17 @@ class Candidate(NamedTuple):
     rank: int
     """The order of its interface at its owner by the kernel's routes: 0 best, at most 255."""
     metered: bool
+
+
+def entry_of(candidate: Candidate) -> CandidateEntry:
+    """As the peer is told."""
+    address, kind, rank, metered = candidate
+    return CandidateEntry(address=str(address), kind=kind.value, rank=rank, metered=metered)
+
+
+def candidate_of(entry: CandidateEntry) -> Candidate:
+    """As the peer told it."""
+    return Candidate(Address.parse(entry.address), Kind(entry.kind), entry.rank, entry.metered)
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,6 +43,10 @@ class OwnCandidates:
     def mapped_changed(self, mapped: Mapping[Address, Address]) -> None:
         self._mapped = dict(mapped)
 
+    def forbidden_changed(self, forbidden: Sequence[IPNetwork]) -> None:
+        """True for what the next `refresh` makes."""
+        self._forbidden = tuple(forbidden)
+
     def reflexive_changed(self, mapped: Mapping[Address, Address]) -> None:
         self._reflexive = dict(mapped)
 

@@ -135,6 +135,7 @@ class LocalNetwork:
         remote = _parsed(remote_ip)
         return any(
             not route.gateway
+            and route.network.prefixlen  # a default route of a tunnel or modem leads anywhere
             and route.network.version == remote.version
             and remote in route.network
             and interface in ("", route.interface)

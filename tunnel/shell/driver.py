@@ -16,13 +16,15 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import inf
 from typing import Any, Protocol
 
 from tun.device import TunDevice
 from tun.errors import TunError
 from tun.linux import read_failure
+from tunnel.config import IPInterface, PeerConfig, RendezvousConfig
+from tunnel.config_change import Change
 from tunnel.datapath.engine import Connection, Datapath, Path
 from tunnel.errors import LocalError
 from tunnel.events import (
@@ -40,10 +42,12 @@ from tunnel.events import (
     ResolveWanted,
 )
 from tunnel.path.network import Address, LocalNetwork, PathKey
+from tunnel.rendezvous.meeting import Meeting
 from tunnel.shell import clock, crypto
 from tunnel.shell.bench import Benches, BenchRefused
 from tunnel.shell.clock import HEARTBEAT, Alarm, JumpDetector
 from tunnel.shell.log import Log
+from tunnel.shell.mqtt import Signaller
 from tunnel.shell.netmon import NetworkMonitor
 from tunnel.shell.resolver import Resolver
 from tunnel.shell.udp import UdpSocket, UdpSockets, pack, unpack
@@ -94,8 +98,17 @@ class Node(Protocol):
     def bench_served(
         self, peer: str, token: int, port: int, secret: bytes, reason: str, now: float
     ) -> None: ...
+    def add_addresses(self, addresses: Sequence[IPInterface]) -> None: ...
+    def add_peer(self, config: PeerConfig, now: float) -> None: ...
+    def remove_peer(self, peer: str, now: float) -> None: ...
     def close(self, now: float) -> None: ...
     def datagrams_to_send(self, now: float) -> list[tuple[PathKey, bytes]]: ...
+    def signaller_connected(self, now: float) -> None: ...
+    def signaller_disconnected(self, now: float) -> None: ...
+    def signal_received(self, topic: str, payload: bytes, now: float) -> None: ...
+    def signals_to_send(self, now: float) -> list[tuple[str, bytes]]: ...
+    @property
+    def meeting(self) -> Meeting | None: ...
     def get_timer(self) -> float | None: ...
     def next_event(self) -> NodeEvent | None: ...
     def status(self, now: float) -> dict[str, Any]: ...
@@ -127,7 +140,8 @@ class Follower(Protocol):
 class Driver:
     """Drives one node in the running loop. Implements `status.Control`.
 
-    `strict` is for tests: the first bug ends the tunnel, and `wait()` raises it.
+    `reload` reads the configuration again, changes the interface, and says what is new. `strict`
+    is for tests: the first bug ends the tunnel, and `wait()` raises it.
     """
 
     def __init__(
@@ -138,13 +152,16 @@ class Driver:
         *,
         listen_port: int,
         peers: list[str],
+        rendezvous: RendezvousConfig | None = None,
+        reload: Callable[[], Change] | None = None,
         strict: bool = False,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._node = node
         self._tun = tun
         self._monitor = monitor
-        self._peers = peers
+        self._peers = list(peers)
+        self._reload = reload
         self._strict = strict
         self._io = node.datapath.drive(
             tun.fileno(), tcp=tun.offload.tcp, udp=tun.offload.udp, aim=self._aim
@@ -153,6 +170,15 @@ class Driver:
         self._locals: dict[int, Address] = {}
         self._sockets = UdpSockets(listen_port, self._watch, self._unwatch)
         self._resolver = Resolver(self._loop, self._resolved)
+        self._signaller: Signaller | None = None
+        if rendezvous is not None and node.meeting is not None:
+            self._signaller = Signaller(
+                rendezvous,
+                will=node.meeting.will,
+                connected=lambda: self._turn(self._node.signaller_connected),
+                disconnected=lambda: self._turn(self._node.signaller_disconnected),
+                received=self._on_signal,
+            )
         self._followers: dict[str, Follower] = {}
         self._alarm = Alarm()
         self._jumps = JumpDetector(clock.now(), clock.monotonic())
@@ -179,6 +205,8 @@ class Driver:
     def start(self) -> None:
         """Look at the network and begin. Raises LocalError (port in use), OSError."""
         now = clock.now()
+        if self._signaller is not None:
+            self._signaller.start()
         self._take(self._monitor.snapshot(), now)
         self._loop.add_reader(self._monitor.fileno(), self._on_doorbell)
         self._loop.add_reader(self._alarm.fileno(), self._on_alarm)
@@ -200,6 +228,11 @@ class Driver:
     async def wait(self) -> None:
         """Until the node has closed. Raises TunError when the device was removed under us."""
         await asyncio.shield(self._stopped)
+
+    async def sign_off(self) -> None:
+        """Leave the broker; before `close()`."""
+        if self._signaller is not None:
+            await self._signaller.close()
 
     def close(self) -> None:
         """Stop watching and close sockets and alarm; device and monitor belong to the caller."""
@@ -227,6 +260,8 @@ class Driver:
             **crypto.report(),
             "tun_offload": [kind for kind in ("tcp", "udp") if getattr(offload, kind)],
         }
+        if self._signaller is not None:
+            status["rendezvous"] = {**status.get("rendezvous", {}), **self._signaller.status()}
         status |= {name: follower.status() for name, follower in self._followers.items()}
         engine = {} if self._stopped.done() else self._io.counters  # it goes with close()
         status["counters"] = {
@@ -271,6 +306,36 @@ class Driver:
     def endpoints_found(self, peer: str, addresses: list[Address]) -> None:
         """Where a peer seems to be, in full."""
         self._turn(lambda now: self._node.endpoints_found(peer, addresses, now))
+
+    def reload(self) -> dict[str, list[str]]:
+        """Take what is new in the configuration; returns names, as strings.
+
+        Raises ConfigError, LocalError, TunError: then nothing has changed.
+        """
+        if self._reload is None:
+            raise LocalError("this tunnel has no configuration file")
+        change = self._reload()
+
+        def feed(now: float) -> None:
+            if change.addresses:
+                self._node.add_addresses(change.addresses)
+            for name in change.removed:
+                self._node.remove_peer(name, now)
+                self._resolver.forget(name)
+            for peer in change.added:
+                self._node.add_peer(peer, now)
+
+        self._peers = [name for name in self._peers if name not in change.removed]
+        self._peers += [peer.name for peer in change.added]
+        if change:
+            self._turn(feed)
+        news = {
+            "addresses": [str(address) for address in change.addresses],
+            "added": [peer.name for peer in change.added],
+            "removed": list(change.removed),
+        }
+        _log.info("reloaded", **{key: ",".join(names) for key, names in news.items() if names})
+        return news
 
     # ---- what wakes us ----
 
@@ -337,6 +402,9 @@ class Driver:
     def _resolved(self, peer: str, addresses: list[Address]) -> None:
         self._turn(lambda now: self._node.endpoints_resolved(peer, addresses, now))
 
+    def _on_signal(self, topic: str, payload: bytes) -> None:
+        self._turn(lambda now: self._node.signal_received(topic, payload, now))
+
     # ---- one turn ----
 
     def _turn(self, feed: Callable[[float], object]) -> None:
@@ -352,6 +420,8 @@ class Driver:
                 self._heartbeat = -inf
                 self._look_at_network(now)  # a wake-up is a network change
                 self._node.resumed(now)
+                if self._signaller is not None:
+                    self._signaller.network_changed()
                 self._loop.call_soon(self._each, lambda follower: follower.resumed())
             feed(now)
         except TunError as error:
@@ -396,6 +466,10 @@ class Driver:
             self._io.transmit()
             if not failures and not self._io.eventful():
                 break
+        if self._signaller is not None and node.meeting is not None:
+            self._signaller.subscribe(node.meeting.topics())
+            for topic, payload in node.signals_to_send(now):
+                self._signaller.publish(topic, payload)
         while (event := node.next_event()) is not None:
             self._on_event(event)
 
@@ -467,6 +541,8 @@ class Driver:
             self._told = usable
             self._node.network_changed(usable, self._sockets.port, now)
             self._loop.call_soon(self._resolver.retry)
+            if self._signaller is not None:
+                self._signaller.network_changed()
             port = self._sockets.port
             self._loop.call_soon(
                 self._each, lambda follower: follower.network_changed(usable, port)
