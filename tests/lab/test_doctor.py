@@ -195,7 +195,7 @@ def test_all_is_well(make_world: MakeWorld, tmp_path: Path) -> None:
     assert second["path_mtu"] == 1500
     assert report.nat("u1")["mapping"] == KINDS["port"], "nftables, of ports chosen at random"
     text = world.a.space.run([*MARTLET, "doctor", str(config)], env=PYTHON_ENV).stdout
-    assert "u0 (IPv4): easy NAT" in text and "Verdict: no problem" in text
+    assert "u0 (IPv4): easy NAT" in text and "Verdict: all is well" in text
     print(text)
 
 

@@ -467,6 +467,11 @@ def test_a_hard_nat_is_no_matter_with_a_relay() -> None:
     assert "advertise" in one("nat", nat(HARD)).remedy
 
 
+def test_a_hard_nat_on_one_of_two_ways_is_only_worth_knowing() -> None:
+    found = of("nat", facts(nats=(Nat("eth0", HARD), Nat("wlan0", behaviour()))))
+    assert [f.state for f in found] == [State.NOTE, State.OK]
+
+
 def test_udp_is_blocked() -> None:
     found = one("udp", nat(BLOCKED))
     assert found.state is State.PROBLEM and "it is down, or UDP is blocked" in found.summary
@@ -553,6 +558,8 @@ def test_relays() -> None:
     good = ServerFacts(url="turn:t.example", seconds=0.05, detail="198.51.100.9:50000")
     found = one("turn", facts(turn=(good,)))
     assert found.summary.endswith("lets us in (50 ms), relayed address 198.51.100.9:50000")
+    mute = one("turn", facts(turn=(replace(good, detail=""),)))
+    assert mute.summary.endswith("answers (50 ms); the credentials were not tried")
     bad = ServerFacts(url="turn:t.example", error="no", reason="login")
     assert "[ice] turn" in one("turn", facts(turn=(bad,))).remedy
 

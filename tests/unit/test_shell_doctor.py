@@ -17,13 +17,13 @@ from typing import Any
 import pytest
 from aioice import stun
 
-from tunnel.config import Endpoint, RendezvousConfig, loads
+from tunnel.config import Endpoint, RendezvousConfig, TurnConfig, loads
 from tunnel.doctor.facts import Facts, FirewallFacts, TunnelFacts
 from tunnel.ice import check
 from tunnel.ice.behaviour import Mapping
 from tunnel.identity import Identity
 from tunnel.path.network import Address, LocalAddress, LocalNetwork
-from tunnel.shell.doctor import broker, gather, host, nat, network
+from tunnel.shell.doctor import broker, gather, host, nat, network, relay
 from tunnel.shell.doctor.gather import Request
 
 
@@ -266,9 +266,77 @@ def test_a_password_file_that_cannot_be_used_is_the_reason(tmp_path: Path) -> No
     assert found.reason == "other" and "password file" in found.error
 
 
-# all of it
+# relays
 
-PEER_KEY = Identity.generate().public_key.openssh
+
+@pytest.mark.parametrize(
+    ("url", "host", "port", "transport"),
+    [
+        ("turn:t.example", "t.example", 3478, "udp"),
+        ("turn:t.example:99?transport=tcp", "t.example", 99, "tcp"),
+        ("turns:t.example", "t.example", 5349, "tls"),
+        ("turns:[2001:db8::1]:443?transport=tcp", "2001:db8::1", 443, "tls"),
+        ("turn:[2001:db8::1]", "2001:db8::1", 3478, "udp"),
+    ],
+)
+def test_the_server_of_a_turn_url(url: str, host: str, port: int, transport: str) -> None:
+    assert relay.server_of(url) == (Endpoint(host, port), transport)
+
+
+def ask_relay(url: str, limit: float = 1.0) -> Any:
+    return asyncio.run(relay.ask(TurnConfig(url=url), limit))
+
+
+def test_a_relay_that_answers_datagrams() -> None:
+    with stun_server() as server:
+        found = ask_relay(f"turn:{server}")
+    assert not found.error and 0 < found.seconds < 1
+    with stun_server(answers=False) as server:
+        assert ask_relay(f"turn:{server}", 0.1).reason == "timeout"
+
+
+@pytest.mark.parametrize(("answers", "reason"), [(True, ""), (False, "protocol")])
+def test_a_relay_in_a_stream(answers: bool, reason: str) -> None:
+    async def run() -> Any:
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            request = await reader.read(100)
+            answer = stun.Message(
+                stun.Method.BINDING,
+                stun.Class.RESPONSE,
+                check.transaction_id_of(request),
+                {"XOR-MAPPED-ADDRESS": ("192.0.2.1", 1)},
+            )
+            writer.write(bytes(answer) if answers else b"HTTP/1.1 400 Bad Request, go away")
+            await writer.drain()
+            writer.close()
+
+        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        try:
+            found = await relay.ask(TurnConfig(url=f"turn:127.0.0.1:{port}?transport=tcp"), 1.0)
+            tls = await relay.ask(TurnConfig(url=f"turns:127.0.0.1:{port}"), 1.0)
+        finally:
+            server.close()
+        assert tls.reason == "tls"
+        return found
+
+    assert asyncio.run(run()).reason == reason
+
+
+def test_a_relay_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        url = f"turn:127.0.0.1:{closed.getsockname()[1]}?transport=tcp"
+        assert ask_relay(url).reason == "refused"
+
+    def lookup(name: str, port: int) -> list[Address]:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(relay, "lookup", lookup)
+    assert ask_relay("turn:none.example").reason == "name"
+
+
+# all of it
 
 
 def look(request: Request) -> tuple[Facts, list[Sequence[str]]]:
@@ -278,6 +346,7 @@ def look(request: Request) -> tuple[Facts, list[Sequence[str]]]:
 
 def test_everything_is_gathered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gather, "lookup", lambda name, port: [Address("192.0.2.1", port)])
+    monkeypatch.setattr(gather, "LIMIT", 1.2)
     key = Identity.generate()
     key.save(tmp_path / "key")
     (tmp_path / "password").write_text("secret")
@@ -293,7 +362,7 @@ public_key = "{key.public_key.openssh}"
 allowed_ips = ["10.88.0.2/32"]
 endpoint = ["office.example:4117", "office.example:4118", "192.0.2.5:1"]
 [ice]
-turn = [{{ url = "turn:192.0.2.7", username = "a", password_file = "{tmp_path}/password" }}]
+turn = [{{ url = "turn:127.0.0.1:9", username = "a", password_file = "{tmp_path}/password" }}]
 """,
         tmp_path / "mt0.toml",
     )
@@ -310,6 +379,7 @@ turn = [{{ url = "turn:192.0.2.7", username = "a", password_file = "{tmp_path}/p
         ("password file", (tmp_path / "password").stat().st_mode & 0o7777),
     ]
     assert facts.tunnels == tunnels and facts.nats == () and facts.brokers == ()
+    assert [server.reason for server in facts.turn] == ["refused"]
 
 
 def test_the_servers_of_the_command_line() -> None:

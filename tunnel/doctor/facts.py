@@ -127,6 +127,10 @@ class StunFacts:
     """By [rendezvous]: nobody said that there is one."""
 
 
+Reason = Literal["", "name", "refused", "timeout", "tls", "login", "protocol", "other"]
+"""Why a server is of no use; "" where it is."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerFacts:
     """A TURN server or a broker; `error` is in the user's words, "" for success."""
@@ -135,9 +139,9 @@ class ServerFacts:
     seconds: float | None = None
     """Until it let us in."""
     error: str = ""
-    reason: Literal["", "name", "refused", "timeout", "tls", "login", "protocol", "other"] = ""
+    reason: Reason = ""
     detail: str = ""
-    """What it gave: a relayed address."""
+    """What it gave: a relayed address; "" where nothing was asked for but a sign of life."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

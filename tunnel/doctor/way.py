@@ -137,10 +137,13 @@ def _nat(facts: Facts, nat: Nat) -> Finding:
         )
         if has_relay(facts):
             return Finding("nat", State.NOTE, summary, details=details)
+        summary += ", and there is none"
+        if not is_hard(facts):
+            return Finding("nat", State.NOTE, summary, details=details)
         return Finding(
             "nat",
             State.WARNING,
-            summary + ", and there is none",
+            summary,
             f"add a relay: {RELAY_LINE};"
             ' or forward a UDP port of the router and tell it: advertise = ["PUBLIC-IP:PORT"]',
             details,
@@ -281,9 +284,13 @@ def _servers(
             "reason": server.reason or None,
         }
         if not server.error:
-            gave = f", relayed address {server.detail}" if server.detail else ""
             took = "" if server.seconds is None else f" ({_ms(server.seconds)})"
-            summary = f"{name} lets us in{took}{gave}"
+            if check == "broker":
+                summary = f"{name} lets us in{took}"
+            elif server.detail:
+                summary = f"{name} lets us in{took}, relayed address {server.detail}"
+            else:
+                summary = f"{name} answers{took}; the credentials were not tried"
             yield Finding(check, State.OK, summary, details=details)
         else:
             state = State.WARNING if works else State.PROBLEM

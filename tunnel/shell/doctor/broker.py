@@ -10,10 +10,9 @@ import asyncio
 import contextlib
 import socket
 import ssl
-from typing import Literal
 
 from tunnel.config import RendezvousConfig
-from tunnel.doctor.facts import ServerFacts
+from tunnel.doctor.facts import Reason, ServerFacts
 from tunnel.errors import ConfigError
 from tunnel.shell import clock
 from tunnel.shell.mqtt_dial import Dialler, explain
@@ -21,8 +20,6 @@ from tunnel.shell.mqtt_link import Link, LinkError
 from tunnel.shell.secret import read_password
 
 GOODBYE = 0.5  # seconds for the end of the connection to leave
-
-Reason = Literal["", "name", "refused", "timeout", "tls", "login", "protocol", "other"]
 
 
 async def ask(rendezvous: RendezvousConfig, url: str, limit: float) -> ServerFacts:

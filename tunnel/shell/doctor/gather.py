@@ -5,7 +5,7 @@
     host, network, firewall, files ----------------------------------------> facts
     names ---> STUN and NAT, from the best address of each interface ------>
                (of what is literal, or resolved in time)
-    brokers (they look up their names themselves) -------------------------->
+    brokers, relays (they look up their names themselves) ------------------>
 
 Each part bounds its own time, so that the whole is bounded and nothing has to be given up.
 """
@@ -37,7 +37,7 @@ from tunnel.errors import ConfigError
 from tunnel.identity import Identity
 from tunnel.path.network import Address, LocalAddress, is_usable_remote
 from tunnel.shell import clock
-from tunnel.shell.doctor import broker, gateways, host, nat, network
+from tunnel.shell.doctor import broker, gateways, host, nat, network, relay
 from tunnel.shell.doctor.threads import in_thread
 from tunnel.shell.resolver import lookup
 from tunnel.shell.udp import device_for
@@ -82,6 +82,10 @@ async def gather(request: Request, progress: Progress) -> Facts:
         for rendezvous in _rendezvous(request)
         for url in rendezvous.url
     ]
+    relays = [
+        tasks.start(f"relay {turn.url}", relay.ask(turn, LIMIT - 0.5))
+        for turn in (() if config is None else config.ice.turn)
+    ]
     servers = _stun_servers(request)
     names = {
         name: tasks.start(f"DNS {name}", _resolve(name, users))
@@ -117,6 +121,7 @@ async def gather(request: Request, progress: Progress) -> Facts:
             for endpoint, implied in servers
         ),
         nats=nats.result(),
+        turn=tuple(task.result() for task in relays),
         brokers=tuple(task.result() for task in brokers),
         port_mapping=mappers.result(),
         tunnels=request.tunnels,
@@ -197,6 +202,8 @@ def _names(request: Request, servers: Iterable[tuple[Endpoint, bool]]) -> dict[s
     for rendezvous in _rendezvous(request):
         for url in rendezvous.url:
             use(Endpoint((urlsplit(url).hostname or "").strip("[]"), 0), "broker")
+    for turn in request.config.ice.turn if request.config is not None else ():
+        use(relay.server_of(turn.url)[0], "TURN server")
     for endpoint, implied in servers:
         if not implied:
             use(endpoint, "STUN server")
