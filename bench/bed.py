@@ -25,6 +25,7 @@ from typing import Literal
 from bench.ask import POLL, Asking
 from bench.capture import CORE_INTERFACES, Capture
 from bench.rival import WireGuardPair
+from bench.servers import Broker, Certificate, Stun, tables
 from bench.stream import Stream
 from bench.watch import Kernel
 from cli.demo.core import IMPORT_ROOT
@@ -62,7 +63,11 @@ class Network:
 
 
 class Bed(Asking):
-    """A context manager: the world and its tunnel. `observe` adds probes and the ssh session."""
+    """A context manager: the world and its tunnel; `up` adds probes and the ssh session.
+
+    rendezvous: nobody forwards a port, all NATs are port-restricted, and the two ends meet by a
+    broker and STUN, each as far away as they are from each other.
+    """
 
     def __init__(
         self,
@@ -75,6 +80,7 @@ class Bed(Asking):
         spacing: float = SPACING,
         keystroke: float = KEYSTROKE,
         ring: int = 0,
+        rendezvous: bool = False,
     ) -> None:
         # Short: there are sockets in it, and the path of one has room for 107 bytes.
         self.directory = ARTIFACTS / f"{name[:24]}-{secrets.token_hex(3)}"
@@ -86,6 +92,7 @@ class Bed(Asking):
         self._spacing = spacing
         self._keystroke = keystroke
         self._ring = ring
+        self.rendezvous = rendezvous
         self._stack = ExitStack()
         self.stream: Stream | None = None
 
@@ -122,7 +129,9 @@ class Bed(Asking):
                 delay=network.rtt / 4,
                 uplinks=self._uplinks,
                 nat66=self._nat66,
-                kinds={"A0": network.nat, "A1": network.nat},
+                kinds=self._kinds(),
+                forwards={"B0": False, "B1": False} if self.rendezvous else None,
+                servers=("broker", "stun") if self.rendezvous else (),
                 directory=self.directory,
             )
         )
@@ -142,15 +151,35 @@ class Bed(Asking):
         make = WireGuardPair if self.mode == "wireguard-go" else Pair
         self.pair = make(self.world, self.directory, environment)
         if self.mode != "wireguard-go":
-            self.pair.settings = f'[paths]\nredundancy = "{self.mode}"\n'
+            self.pair.settings = f'[paths]\nredundancy = "{self.mode}"\n{self._serve()}'
         self.pair.prepare()
         capture = self.directory / "core.pcapng"
-        self.capture = Capture(self.world.core, CORE_INTERFACES, capture, ring=self._ring)
+        interfaces = (*CORE_INTERFACES, *self.world.servers)
+        self.capture = Capture(self.world.core, interfaces, capture, ring=self._ring)
         stack.callback(self.capture.stop)
         self.kernels = {host: Kernel(self.world.hosts[host].space) for host in HOSTS}
         for kernel in self.kernels.values():
             stack.callback(kernel.close)
         self.ask_in({host: self.world.hosts[host].space for host in HOSTS})
+
+    def _kinds(self) -> dict[str, Kind]:
+        if self.rendezvous:
+            return dict.fromkeys(("A0", "A1", "B0", "B1"), "port-restricted")
+        return dict.fromkeys(("A0", "A1"), self.network.nat)
+
+    def _serve(self) -> str:
+        """Start the public servers; the tables that name them."""
+        if not self.rendezvous:
+            return ""
+        broker, stun = self.world.servers["broker"], self.world.servers["stun"]
+        addresses = broker.addresses[self.network.family][:1]
+        certificate = Certificate.make(self.directory, addresses)
+        self._broker = Broker(broker.space, addresses, self.directory, certificate)
+        return tables(self._broker, Stun(stun.space, stun.addresses, self.directory))
+
+    def subscriptions(self) -> int:
+        """How many requests to subscribe the broker has granted so far; 0 without one."""
+        return self._broker.subscriptions() if self.rendezvous else 0
 
     def up(self, *, stream: float = 0.0) -> None:
         """Start the tunnel, the probes, the ssh session and maybe a paced TCP stream of so many

@@ -7,6 +7,7 @@ listens when its constructor returns, and ends with its namespace or by `stop`.
 from __future__ import annotations
 
 import datetime
+import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -120,6 +121,7 @@ class Broker(Server):
         self, space: Namespace, addresses: Sequence[str], directory: Path, certificate: Certificate
     ) -> None:
         self.addresses = list(addresses)
+        self.certificate = certificate
         config = directory / "mosquitto.conf"
         lines = ["allow_anonymous true", "persistence false", "per_listener_settings false"]
         # As root it would become a user of its own, who may not read the directory.
@@ -188,3 +190,25 @@ class Turn(Server):
         tcp = [one for port in (STUN_PORT, HTTPS_PORT) for one in listed(addresses, port)]
         udp = listed(addresses, STUN_PORT)
         super().__init__(space, argv, directory / "turn.log", udp, tcp)
+
+
+def tables(broker: Broker, stun: Stun, turn: Turn | None = None) -> str:
+    """The tables of a configuration that name them: the broker by TLS at both ports, TURN in the
+    order UDP, TCP, TLS.
+    """
+    ports = (MQTTS_PORT, HTTPS_PORT)
+    brokers = [f"mqtts://{at}" for port in ports for at in listed(broker.addresses, port)]
+    lines = [
+        "[rendezvous]",
+        f"url = {json.dumps(brokers)}",
+        f'ca_file = "{broker.certificate.certificate}"',
+        "[ice]",
+        f"stun = {json.dumps(stun.endpoints)}",
+    ]
+    if turn is not None:
+        (plain,) = listed(turn.addresses, STUN_PORT)
+        (tls,) = listed(turn.addresses, HTTPS_PORT)
+        ways = [f"turn:{plain}", f"turn:{plain}?transport=tcp", f"turns:{tls}?transport=tcp"]
+        user = f'username = "{turn.username}", password_file = "{turn.password_file}"'
+        lines += ["turn = [", *(f'    {{ url = "{way}", {user} }},' for way in ways), "]"]
+    return "\n".join(lines) + "\n"

@@ -12,7 +12,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from ipaddress import ip_address
 from typing import Literal, NamedTuple
@@ -141,6 +141,20 @@ class Packets:
     def close(self) -> None:
         """Listen no more."""
         self._socket.close()
+
+
+def first_word(seen: Iterable[Datagram], *ignored: int) -> float | None:
+    """When the first packet left for somebody: not for a group (mDNS, SSDP), nor to a port that is
+    ignored.
+    """
+    spoken = (
+        one.time
+        for one in seen
+        if one.leaves
+        and one.target[1] not in ignored
+        and not (ip_address(one.target[0]).is_multicast or one.target[0].endswith(".255"))
+    )
+    return next(spoken, None)
 
 
 def _parse(

@@ -7,7 +7,6 @@ servers), keys.log, qlog/. It is removed unless `failed` is set.
 
 from __future__ import annotations
 
-import json
 import re
 import secrets
 import shutil
@@ -21,7 +20,7 @@ from bench.bed import ARTIFACTS
 from bench.capture import Capture
 from bench.nat.internet import HOSTS, Internet
 from bench.nat.kinds import Meeting
-from bench.servers import HTTPS_PORT, MQTTS_PORT, STUN_PORT, listed
+from bench.servers import tables
 from cli.demo.pair import Pair
 from cli.demo.world import HostName
 
@@ -100,22 +99,7 @@ class Place(Asking):
         net = self.net
         if net.endpoints("B"):
             return ""
-        ports = (MQTTS_PORT, HTTPS_PORT)
-        brokers = [f"mqtts://{at}" for port in ports for at in listed(net.broker.addresses, port)]
-        lines = [
-            "[rendezvous]",
-            f"url = {json.dumps(brokers)}",
-            f'ca_file = "{net.certificate.certificate}"',
-            "[ice]",
-            f"stun = {json.dumps(net.stun.endpoints)}",
-        ]
-        if net.turn is not None:
-            (plain,) = listed(net.turn.addresses, STUN_PORT)
-            (tls,) = listed(net.turn.addresses, HTTPS_PORT)
-            ways = [f"turn:{plain}", f"turn:{plain}?transport=tcp", f"turns:{tls}?transport=tcp"]
-            user = f'username = "{net.turn.username}", password_file = "{net.turn.password_file}"'
-            lines += ["turn = [", *(f'    {{ url = "{way}", {user} }},' for way in ways), "]"]
-        return "\n".join(lines) + "\n"
+        return tables(net.broker, net.stun, net.turn)
 
     # ---- what the tunnels are doing ----
 

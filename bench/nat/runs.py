@@ -12,13 +12,12 @@ from __future__ import annotations
 import time
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
-from ipaddress import ip_address
 from typing import Any
 
 from bench.nat.internet import HOSTS
 from bench.nat.place import Place
 from bench.trial import TRIAL_PORT, trying
-from bench.watch import Packets
+from bench.watch import Packets, first_word
 from cli.demo.pair import INNER, PairError, tail
 from cli.demo.world import HostName
 
@@ -84,20 +83,15 @@ def meet(place: Place, settings: Settings) -> Run:
         place.pair.start("A")
         place.until(lambda: bool(at_a and at_b), settings.wait, _LOOK)
         relayed = [place.relayed(host) for host in HOSTS]
-        spoke = [
-            one.time
-            for one in packets.drain()
-            if one.leaves and one.target[1] != TRIAL_PORT and _somebody(one.target[0])
-        ]
-    if spoke:
-        for way, arrived in (("A>B", at_b), ("B>A", at_a)):
-            run.first_ms[way] = _ms(arrived[0] - spoke[0]) if arrived else None
-    if run.met is None:
+        spoke = first_word(packets.drain(), TRIAL_PORT)
+    for way, arrived in (("A>B", at_b), ("B>A", at_a)):
+        run.first_ms[way] = _ms(arrived[0] - spoke) if arrived and spoke else None
+    if spoke is None or run.met is None:
         return run
     run.since_start_ms = _ms(max(at_a[0], at_b[0]) - started)
     run.relayed = any(one is not False for one in relayed)
     if place.until(place.direct, settings.patience, _LOOK):
-        run.direct_ms = _ms(time.monotonic() - spoke[0]) if run.relayed else run.met
+        run.direct_ms = _ms(time.monotonic() - spoke) if run.relayed else run.met
     for host in HOSTS:
         run.paths[host] = place.paths(host)
         run.kinds[host] = str(place.active(host).get("kind", "-"))
@@ -111,11 +105,6 @@ def _through_turn(place: Place) -> float:
     place.net.hosts["A"].space.run(ping, check=False)
     # There and back, and each passes the wire to the server and the wire back.
     return round((place.through_turn() - before) / (4 * _COUNTED), 3)
-
-
-def _somebody(host: str) -> bool:
-    """Whether an address is of one host, not of a group (mDNS, SSDP)."""
-    return not (ip_address(host).is_multicast or host.endswith(".255"))
 
 
 def _ms(seconds: float) -> float:

@@ -4,8 +4,9 @@ expansion   from the kernel's word that the new interface has its address to
             "answered"  the first answer to us on its wire: a STUN success response, or a QUIC
                         packet (kernel timestamps of both)
             "usable"    `status --json` shows a warm path from the new address: checked, at hand
-connect     from the first datagram that A's daemon sends, B's being up already, to the first
-            packet out of the tunnel at either end
+connect     from the first packet that A's daemon sends to anybody, B's being up already (and, if
+            they meet by rendezvous, waiting at the broker), to the first packet out of the tunnel
+            at either end
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from contextlib import closing
 
 from bench.bed import HOSTS, Bed
 from bench.roam.runs import Cell, Run, Settings, Watched, ms
-from bench.trial import trying
-from bench.watch import Packets
+from bench.trial import TRIAL_PORT, trying
+from bench.watch import Packets, first_word
 from cli.demo.events import forget_nat, remove_interface
 from cli.demo.netns import terminate
 from cli.demo.pair import INNER, PairError, tail
@@ -67,20 +68,23 @@ def connect(bed: Bed, cell: Cell, settings: Settings) -> Run:
     family = bed.network.inner
     ends = {host: bed.world.hosts[host].space for host in HOSTS}
     forget_nat(bed.world, "A", 0)
+    before = bed.subscriptions()
     bed.pair.start("B")
-    if not bed.until(lambda: bool(bed.status("B")), _CONNECTED):
+    if not bed.until(
+        lambda: bool(bed.status("B")) and bed.subscriptions() >= before + bed.rendezvous, _CONNECTED
+    ):
         raise PairError(f"the tunnel of B did not start:\n{tail(bed.pair.log('B'))}")
     with (
-        closing(Packets(ends["A"])) as packets,
+        closing(Packets(ends["A"], tcp=True)) as packets,
         trying(ends["A"], ends["B"], INNER["B"][family]) as at_b,
         trying(ends["B"], ends["A"], INNER["A"][family]) as at_a,
     ):
         started = time.monotonic()
         bed.pair.start("A")
         run.recovered = bed.until(lambda: bool(at_a and at_b), _CONNECTED)
-        sent = [one.time for one in packets.drain() if one.leaves and one.source[1] == PORT]
+        spoke = first_word(packets.drain(), TRIAL_PORT)
     for way, arrived in (("A>B", at_b), ("B>A", at_a)):
-        run.figures[way] = ms(arrived[0] - sent[0]) if arrived and sent else None
+        run.figures[way] = ms(arrived[0] - spoke) if arrived and spoke else None
         run.detail[way] = {"since_start_ms": ms(arrived[0] - started) if arrived else None}
     terminate(list(bed.pair.processes.values()))
     bed.pair.processes.clear()

@@ -97,6 +97,11 @@ class Core:
             lines.append(f"route replace default via {gateway} dev {WAN}")
         return lines
 
+    @property
+    def interfaces(self) -> list[str]:
+        """The core's own, one for each wire."""
+        return [name.lower() for name in self._names]
+
     def serve(self, name: str) -> Server:
         """A public server on a wire of its own."""
         number = len(self.servers)
