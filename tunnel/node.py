@@ -399,10 +399,14 @@ class Node:
             "interface": self._config.interface.name,
             "public_key": self._identity.public_key.openssh,
             "listen_port": self._surroundings.port,
-            "peers": [peer.status(now) for peer in self.peers.values()],
+            "peers": [peer.status(now, self._met(peer, now)) for peer in self.peers.values()],
             "counters": {**self.counters, "unroutable_packets": self.datapath.unroutable},
             **({"rendezvous": self.meeting.counters} if self.meeting is not None else {}),
         }
+
+    def _met(self, peer: Peer, now: float) -> dict[str, Any] | None:
+        key = peer.config.public_key.raw
+        return None if self.meeting is None else self.meeting.status(key, now)
 
     def history(self) -> list[dict[str, Any]]:
         return self._ledger.to_builtins()
