@@ -108,7 +108,12 @@ def told(renderable: RenderableType) -> str:
 
 def test_status_tells_of_the_broker_and_what_a_peer_waits_for() -> None:
     peer = {"name": "office", "state": "connecting", "active_path": None, "why": ["no word of it"]}
-    broker = {"url": "mqtt://b", "state": "connecting", "error": "b is silent", "rtt_ms": None}
+    broker: dict[str, Any] = {
+        "url": "mqtt://b",
+        "state": "connecting",
+        "error": "b is silent",
+        "rtt_ms": None,
+    }
     shown = told(output.status({"interface": "mt0", "peers": [peer], "rendezvous": broker}))
     assert "office: no word of it" in shown
     assert "rendezvous mqtt://b: connecting: b is silent" in shown
