@@ -421,3 +421,22 @@ def test_names_that_do_not_resolve(monkeypatch: pytest.MonkeyPatch) -> None:
     assert errors["none.example"] == "Name or service not known"
     assert errors["slow.example"].startswith("no answer within")
     assert told[-1] == ["DNS slow.example"]
+
+
+def test_a_thousand_names_are_not_a_thousand_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    running, most, lock = 0, 0, threading.Lock()
+
+    def lookup(name: str, port: int) -> list[Address]:
+        nonlocal running, most
+        with lock:
+            running += 1
+            most = max(most, running)
+        threading.Event().wait(0.002)
+        with lock:
+            running -= 1
+        return [Address("127.0.0.1", port)]
+
+    monkeypatch.setattr(gather, "lookup", lookup)
+    facts, _ = look(Request(stun=tuple(Endpoint(f"{n}.example", 3478) for n in range(200))))
+    assert [name.error for name in facts.names] == [""] * 200
+    assert 0 < most <= gather.LOOKUPS

@@ -25,7 +25,7 @@ def verdict(report: Report) -> str:
         if count
     )
     if problems:
-        return f"{counted}: start with the first remedy above"
+        return f"{counted}: start with the first problem above"
     way_out = _way(report)
     if warnings:
         return f"no problem, {counted}" + (f"; {way_out}" if way_out else "")

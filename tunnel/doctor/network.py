@@ -18,7 +18,7 @@ STRICT = 1
 SHOWN = 4
 """Things named in one sentence; all of them are in the details."""
 
-_UNINTERESTING = ("loopback", "link-local")
+_UNINTERESTING = ("loopback", "link-local", "a tunnel")
 
 
 def judge(facts: Facts) -> Iterator[Finding]:
@@ -64,7 +64,9 @@ def _addresses(network: NetworkFacts) -> Iterator[Finding]:
             details,
         )
     if excluded:
-        yield Finding("addresses", State.NOTE, f"not used: {_some(excluded)}")
+        yield Finding(
+            "addresses", State.NOTE, f"not used: {_some(excluded)}", details=details
+        )  # fmt: skip
 
 
 def _routes(network: NetworkFacts) -> Finding:

@@ -46,6 +46,8 @@ LIMIT = 6.0
 """Seconds for everything: somebody waits for it."""
 NAMES_LIMIT = 1.5
 """Seconds of these after which STUN begins, without the names that are still being resolved."""
+LOOKUPS = 32
+"""Names looked up at a time, each in a thread; a configuration may name a thousand peers."""
 MAX_BASES = 6
 """Local addresses measured at a time."""
 STUN_PORT = 3478  # RFC 8489 section 18.6
@@ -87,8 +89,9 @@ async def gather(request: Request, progress: Progress) -> Facts:
         for turn in (() if config is None else config.ice.turn)
     ]
     servers = _stun_servers(request)
+    slots = asyncio.Semaphore(LOOKUPS)
     names = {
-        name: tasks.start(f"DNS {name}", _resolve(name, users))
+        name: tasks.start(f"DNS {name}", _resolve(name, users, slots))
         for name, users in _names(request, servers).items()
     }
 
@@ -210,10 +213,10 @@ def _names(request: Request, servers: Iterable[tuple[Endpoint, bool]]) -> dict[s
     return used
 
 
-async def _resolve(name: str, users: Sequence[str]) -> NameFacts:
-    began = clock.now()
+async def _resolve(name: str, users: Sequence[str], slots: asyncio.Semaphore) -> NameFacts:
     try:
-        async with asyncio.timeout(LIMIT - 1):
+        async with asyncio.timeout(LIMIT - 1), slots:
+            began = clock.now()
             addresses = await in_thread(lambda: lookup(name, 0))
     except TimeoutError:
         error = f"no answer within {LIMIT - 1:g} s"
