@@ -157,6 +157,8 @@ class Node:
 
     def add_peer(self, config: PeerConfig, now: float) -> None:
         """A further peer, of a name and key that no other has. Sessions with others go on."""
+        if self.meeting is not None:
+            self.meeting.add_peer(config.public_key.raw)
         owner = self.datapath.allow(config.allowed_ips)
         peer = self._peer(config, owner, ())
         self.peers[config.name] = self._by_key[config.public_key.raw] = peer
@@ -172,9 +174,10 @@ class Node:
     def remove_peer(self, name: str, now: float) -> None:
         """A peer is not wanted any more: its sessions are closed, its packets go nowhere."""
         peer = self.peers.pop(name)
-        del self._by_key[peer.config.public_key.raw]
+        key = peer.config.public_key.raw
+        del self._by_key[key]
         if self.meeting is not None:
-            self.meeting.remove_peer(peer.config.public_key.raw)
+            self.meeting.remove_peer(key)
         self.datapath.disallow(self._places.pop(name))
         peer.leave()
         for session, owner in self._owners.items():

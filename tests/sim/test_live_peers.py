@@ -9,7 +9,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from tests.sim.test_moves import OWD, Pair, running
-from tests.sim.world import PORT, Host, Uplink, World
+from tests.sim.world import PORT, STUN, Host, Uplink, World
 from tunnel.config import Config, loads
 from tunnel.identity import Identity
 from tunnel.node import Node
@@ -29,7 +29,13 @@ def newcomer(world: World, *, forwarded: bool = False) -> Host:
 
 
 def config(
-    host: Host, other: Host, allowed: str, *, inner: str = "10.88.0.1/24", endpoint: str = ""
+    host: Host,
+    other: Host,
+    allowed: str,
+    *,
+    inner: str = "10.88.0.1/24",
+    endpoint: str = "",
+    more: str = "",
 ) -> Config:
     line = f'endpoint = "{endpoint}"' if endpoint else ""
     return loads(
@@ -44,7 +50,7 @@ name = "{other.name}"
 public_key = "{other.identity.public_key.openssh}"
 allowed_ips = ["{allowed}"]
 {line}
-""",
+{more}""",
         "simulated.toml",
     )
 
@@ -190,3 +196,28 @@ def test_a_peer_that_was_removed_may_come_back(back: float) -> None:
     world.run(0.5)
     assert from_c(2) in [packet for _, packet in world.a.received]
     pair.finish()
+
+
+def test_a_peer_that_must_be_found_by_the_broker() -> None:
+    """Nobody has an endpoint, all are behind NATs; when it is removed, it is not even answered."""
+    pair = running(rendezvous=True, b=[Uplink("eth0", "192.168.2.10", "198.51.100.1")])
+    world = pair.world
+    host = newcomer(world)
+    more = f'[rendezvous]\nurl = "mqtt://192.0.2.80"\n[ice]\nstun = ["{STUN}"]\n'
+    host.config = config(host, world.a, "10.88.0.1/32", inner=f"{INNER}/32", more=more)
+    boot(world, host)
+    world.reach_broker("c")
+    world.run(2)
+    begin = world.now
+    add(world, world.a, host, f"{INNER}/32")
+    world.run_until(lambda: state(host, "a") == state(world.a, "c") == "up", 3.0)
+    undisturbed(pair, begin)
+    world.a.node.remove_peer("c", world.now)
+    world.pump(world.a)
+    world.run(3)
+    said = world.a.signals_sent
+    asked = host.signals_sent
+    world.run(60)
+    assert state(host, "a") == "connecting"
+    assert host.signals_sent > asked
+    assert world.a.signals_sent == said

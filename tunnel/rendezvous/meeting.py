@@ -158,9 +158,10 @@ class Meeting:
         self._by_topic[entry.incoming] = entry
 
     def remove_peer(self, peer: bytes) -> None:
-        """One less: what it says is not listened to any more."""
+        """It hears nothing more of us, whatever it says."""
         entry = self._peers.pop(peer)
         del self._by_topic[entry.incoming]
+        self._events = deque(event for event in self._events if event.peer != peer)
 
     # inputs
 
