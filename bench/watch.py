@@ -18,6 +18,7 @@ from ipaddress import ip_address
 from typing import Literal, NamedTuple
 
 from cli.demo.netns import Namespace
+from tunnel.ice.pcp import PORT as PCP_PORT
 
 What = Literal["address", "no address", "default route"]
 # linux/rtnetlink.h
@@ -144,14 +145,14 @@ class Packets:
 
 
 def first_word(seen: Iterable[Datagram], *ignored: int) -> float | None:
-    """When the first packet left for somebody: not for a group (mDNS, SSDP), nor to a port that is
-    ignored.
+    """When the first packet left for somebody out there: not for a group (mDNS, SSDP), not to ask
+    the own router for a port (PCP), nor to a port that is ignored.
     """
     spoken = (
         one.time
         for one in seen
         if one.leaves
-        and one.target[1] not in ignored
+        and one.target[1] not in (PCP_PORT, *ignored)
         and not (ip_address(one.target[0]).is_multicast or one.target[0].endswith(".255"))
     )
     return next(spoken, None)
