@@ -16,6 +16,7 @@ MEASUREMENTS = {
     "queue": ("standing_queue", "keystrokes beside an upload that fills a slow link"),
     "profile": ("hotspots", "where the tunnel's CPU time goes (perf)"),
     "roam": ("roam", "how long traffic is silent when an end moves"),
+    "nat": ("nat", "how any two kinds of NAT meet, and how long that takes"),
     "stability": ("stability", "moves that nobody needs, on a path that loses and jitters"),
     "drills": ("drills", "random events, one after the other; does everything flow again?"),
 }

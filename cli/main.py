@@ -346,6 +346,39 @@ def rendezvous(
     )
 
 
+@app.command(
+    epilog="Example: martlet doctor  ·  martlet doctor mt0"
+    "  ·  martlet doctor --stun stun.example:3478 --json"
+)
+def doctor(
+    config: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[CONFIG.toml|NAME]",
+            help="A config file, or NAME of /etc/martlet/NAME.toml. Without: this host alone.",
+        ),
+    ] = None,
+    json: Json = False,
+    rendezvous: Annotated[
+        list[str] | None,
+        typer.Option(metavar="URL", help="A broker to try, beside those of the config."),
+    ] = None,
+    stun: Annotated[
+        list[str] | None,
+        typer.Option(metavar="HOST:PORT", help="A STUN server to ask, beside those of the config."),
+    ] = None,
+) -> None:
+    """Look for what could be in the way of a tunnel, and say what mends it.
+
+    Checks privileges and the kernel, the config, addresses, routes and clashes, names, NATs, and
+    every server the config names; takes six seconds at most, and leaves running tunnels alone.
+    Exits with 1 when there is a problem.
+    """
+    from cli.doctor import run
+
+    raise typer.Exit(run(config, json=json, rendezvous=rendezvous or (), stun=stun or ()))
+
+
 @app.command(epilog="Example: sudo martlet demo")
 def demo(json: Json = False) -> None:
     """Watch a real SSH session roam: two hosts behind NATs, in namespaces of this machine."""

@@ -85,6 +85,9 @@ class FakeNode:
     def endpoints_resolved(self, peer: str, addresses: list[Address], now: float) -> None:
         self.calls.append(("endpoints_resolved", peer, addresses))
 
+    def mapped_ports_changed(self, mapped: dict[Address, Address], now: float) -> None:
+        self.calls.append(("mapped_ports_changed", mapped))
+
     def endpoints_found(self, peer: str, addresses: list[Address], now: float) -> None:
         self.calls.append(("endpoints_found", peer, addresses))
 

@@ -111,6 +111,7 @@ class Node:
             Address(str(e.ip), e.port) for e in config.ice.advertise if e.ip is not None
         ]
         self._gatherer = Gatherer(rng)
+        self._mapped: dict[Address, Address] = {}
         self.peers: dict[str, Peer] = {}
         self._places: dict[str, int] = {}  # of each peer, in the datapath
         forbidden = self._forbidden(config.peers)
@@ -162,9 +163,12 @@ class Node:
         peer = self._peer(config, owner, ())
         self.peers[config.name] = self._by_key[config.public_key.raw] = peer
         self._forbid()
+        if self.meeting is not None:
+            self.meeting.add_peer(config.public_key.raw)
         if self._started:
             peer.network_changed(self._surroundings, now)
             peer.roaming.agent.reflexive_changed(self._gatherer.mapped(), now)
+            peer.roaming.agent.mapped_ports_changed(self._mapped, now)
             peer.start(now)
 
     def remove_peer(self, name: str, now: float) -> None:
@@ -250,6 +254,13 @@ class Node:
             self._gatherer.servers_resolved(addresses, now)
         elif peer in self.peers:
             self.peers[peer].endpoints_resolved(addresses, now)
+
+    def mapped_ports_changed(self, mapped: dict[Address, Address], now: float) -> None:
+        """By local socket, the external addresses that routers have mapped to it, in full."""
+        self._mapped = mapped
+        for peer in self.peers.values():
+            peer.roaming.agent.mapped_ports_changed(mapped, now)
+            peer.poll(now)
 
     def endpoints_found(self, peer: str, addresses: list[Address], now: float) -> None:
         """Where a peer seems to be, in place of what was found before; hints, unauthenticated."""
@@ -388,10 +399,14 @@ class Node:
             "interface": self._config.interface.name,
             "public_key": self._identity.public_key.openssh,
             "listen_port": self._surroundings.port,
-            "peers": [peer.status(now) for peer in self.peers.values()],
+            "peers": [peer.status(now, self._met(peer, now)) for peer in self.peers.values()],
             "counters": {**self.counters, "unroutable_packets": self.datapath.unroutable},
             **({"rendezvous": self.meeting.counters} if self.meeting is not None else {}),
         }
+
+    def _met(self, peer: Peer, now: float) -> dict[str, Any] | None:
+        key = peer.config.public_key.raw
+        return None if self.meeting is None else self.meeting.status(key, now)
 
     def history(self) -> list[dict[str, Any]]:
         return self._ledger.to_builtins()

@@ -434,9 +434,11 @@ class Peer:
 
     # status
 
-    def status(self, now: float) -> dict[str, Any]:
-        """This peer's part of `status --json`; times in milliseconds, sizes in bytes."""
+    def status(self, now: float, meeting: dict[str, Any] | None = None) -> dict[str, Any]:
+        """This peer's part of `status --json`; times in milliseconds, sizes in bytes. `meeting` is
+        what the rendezvous knows of it."""
         session = self.session
+        agent = self.roaming.agent
         return {
             "name": self.name,
             "public_key": self.config.public_key.openssh,
@@ -444,7 +446,12 @@ class Peer:
             "active_path": str(session.active) if session is not None else None,
             "observed_address": self.observed,
             "paths": report.paths(session, self.roaming) if session is not None else [],
-            "why": report.why(session, self.roaming, now) if session is not None else [],
+            "why": (
+                report.why(session, self.roaming, now)
+                if session is not None
+                else report.obstacles(self.config.endpoint, agent, meeting, self.dialler.resolved)
+            ),
+            "rendezvous": meeting,
             "migrations": self._ledger.count(self.name),
             "counters": {
                 **self.lane.counters,

@@ -672,6 +672,32 @@ def test_what_others_see_is_told() -> None:
     assert [c.address.port for c in candidates] == [PORT, 9, 7, 40001]
 
 
+def test_a_mapped_port_is_told_before_what_servers_see() -> None:
+    """Unless there is another NAT behind the one that mapped it: then after."""
+    agent = agent_with(PEER)
+    agent.observed(BASE.address, Address("203.0.113.1", 7), START)
+    agent.reflexive_changed({BASE.address: Address("203.0.113.1", 9)}, START)
+    events(agent)
+
+    def told(host: str) -> list[tuple[str, int]]:
+        mapped = {BASE.address: Address(host, 8), Address("192.168.99.9", 1): Address(host, 1)}
+        agent.mapped_ports_changed(mapped, START)
+        assert events(agent) == [CandidatesChanged()]
+        srflx = [c for c in agent.candidates()[1] if c.kind is Kind.SRFLX]
+        assert {(c.rank, c.metered) for c in srflx} == {(BASE.rank, BASE.metered)}
+        return [(c.address.host, c.address.port) for c in srflx]
+
+    seen = [("203.0.113.1", 9), ("203.0.113.1", 7)]
+    assert told("203.0.113.1") == [("203.0.113.1", 8), *seen]
+    assert told("100.64.7.7") == [seen[0], ("100.64.7.7", 8), seen[1]]
+    agent.mapped_ports_changed({}, START)
+    assert len(agent.candidates()[1]) == 3
+    agent.mapped_ports_changed({BASE.address: Address("203.0.113.1", 8)}, START)
+    agent.bases_changed(LocalNetwork(), [], START)
+    agent.bases_changed(local_network([uplink("a")]), bases_of([uplink("a")]), START)
+    assert [c.kind for c in agent.candidates()[1]] == [Kind.HOST]  # what was is old
+
+
 # anything at all
 
 

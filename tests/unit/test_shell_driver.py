@@ -835,6 +835,66 @@ def test_status_has_the_counters_of_all() -> None:
     run(test)
 
 
+class FakeFollower:
+    def __init__(self, *, broken: bool = False) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+        self.broken = broken
+
+    def network_changed(self, network: LocalNetwork, port: int) -> None:
+        self.calls.append(("network_changed", network, port))
+        if self.broken:
+            raise RuntimeError("a bug")
+
+    def resumed(self) -> None:
+        self.calls.append(("resumed",))
+
+    def stop(self) -> None:
+        self.calls.append(("stop",))
+
+    def close(self) -> None:
+        self.calls.append(("close",))
+
+    def status(self) -> list[dict[str, Any]]:
+        return [{"calls": len(self.calls)}]
+
+
+def test_others_follow_the_network_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken, good = FakeFollower(broken=True), FakeFollower()
+
+    async def test(world: World) -> None:
+        world.driver.follow("broken", broken)
+        world.driver.follow("good", good)
+        world.start()
+        assert good.calls == []  # the node comes first
+        await world.until(lambda: good.calls)
+        assert good.calls == broken.calls == [("network_changed", ONE, world.port)]
+        status = world.driver.status()
+        assert status["good"] == [{"calls": 1}] and status["counters"]["internal_errors"] == 1
+        monkeypatch.setattr(world.driver._jumps, "observe", lambda *_: 60.0)
+        world.monitor.network = TWO
+        world.monitor.ring()
+        await world.until(lambda: ("network_changed", TWO, world.port) in good.calls)
+        assert ("resumed",) in good.calls
+        monkeypatch.undo()
+        world.driver.down()
+        assert good.calls[-1] == ("stop",)
+
+    run(test, strict=False)
+    assert good.calls[-1] == ("close",)
+
+
+def test_what_followers_learn_reaches_the_node() -> None:
+    async def test(world: World) -> None:
+        world.start()
+        mapped = {world.local: Address("198.51.100.1", 7)}
+        world.driver.ports_mapped(mapped)
+        world.driver.endpoints_found("office", [world.local])
+        assert world.node.named("mapped_ports_changed") == [(mapped,)]
+        assert world.node.named("endpoints_found") == [("office", [world.local])]
+
+    run(test)
+
+
 def test_what_is_new_in_the_configuration_is_told_and_shown() -> None:
     fresh = PeerConfig(
         name="home",

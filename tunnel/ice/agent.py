@@ -191,6 +191,11 @@ class Agent:
         self._own.reflexive_changed({b: a for b, a in mapped.items() if b in self._bases})
         self._refresh_own()
 
+    def mapped_ports_changed(self, mapped: Mapping[Address, Address], now: float) -> None:
+        """By base, the addresses that routers say lead to it."""
+        self._own.mapped_changed({b: a for b, a in mapped.items() if b in self._bases})
+        self._refresh_own()
+
     def observed(self, local: Address, address: Address, now: float) -> None:
         """The peer says that packets from this base come from there."""
         if local in self._bases:

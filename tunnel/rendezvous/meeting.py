@@ -250,6 +250,7 @@ class Meeting:
         entry = self._peers[peer]
         heard = entry.heard_at
         return {
+            "connected": self._connected,
             "wanted": entry.wanted,
             "present": entry.present,
             "heard_s": None if heard is None else round(now - heard, 3),
