@@ -79,6 +79,11 @@ class Host(Struct, frozen=True, kw_only=True):
         peers = self.config.peers if self.config is not None else ()
         return tuple(network for peer in peers for network in peer.allowed_ips)
 
+    def networks_of(self, peer: str) -> tuple[IPNetwork, ...]:
+        """Those of one peer."""
+        peers = self.config.peers if self.config is not None else ()
+        return next((each.allowed_ips for each in peers if each.name == peer), ())
+
     @property
     def addresses(self) -> tuple[IPInterface, ...]:
         return self.config.interface.address if self.config is not None else ()
@@ -185,16 +190,24 @@ def admit(host: Host, terms: Terms, asked: JoinAsked) -> tuple[Edit, Welcome]:
 def _again(host: Host, terms: Terms, asked: JoinAsked, name: str) -> tuple[Edit, Welcome]:
     """The joiner is a peer here already: perhaps it has lost its own configuration."""
     ours, theirs = inner_address(host.public_key.raw), inner_address(asked.peer)
-    if ours.ip not in {each.ip for each in host.addresses} or theirs.network not in host.inside:
+    have = {each.ip for each in host.addresses}
+    if ours.ip not in have or theirs.network not in host.networks_of(name):
         raise Refusal(f"its key is that of peer {name} here, which has other addresses")
+    own: tuple[IPInterface, ...] = (ours,)
+    assigned: tuple[IPInterface, ...] = ()
+    for address in host.addresses:
+        for network in host.networks_of(name):
+            if isinstance(network, IPv4Network) and network.prefixlen == 32 and not assigned:
+                if network.network_address in address.network:
+                    own, assigned = (ours, address), (IPv4Interface(network),)
     edit = Edit(
         text=None,
         peer=name,
-        addresses=(theirs,),
-        own=(ours,),
+        addresses=(theirs, *assigned),
+        own=own,
         notes=(f"it is here already, as {name}: nothing is changed",),
     )
-    return edit, _welcome(host, terms, (ours,), ())
+    return edit, _welcome(host, terms, own, assigned)
 
 
 def _welcome(
