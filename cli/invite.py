@@ -32,7 +32,7 @@ from tunnel.config_edit import Turn
 from tunnel.config_values import check_turn_url, parse_network
 from tunnel.errors import ConfigError
 from tunnel.identity import Identity, PublicKey
-from tunnel.membership import PRIVATE, Edit, Host, Terms, admit, check_terms
+from tunnel.membership import PRIVATE, Edit, Host, Refusal, Terms, admit, check_terms
 from tunnel.rendezvous.invite import Burnt, JoinAsked, Reason, TurnServer, Welcome
 from tunnel.shell import joining
 from tunnel.shell.secret import read_password
@@ -107,7 +107,11 @@ class _Inviting:
     def _decide(self, asked: JoinAsked) -> Welcome:
         """Everything that is to be done here before the other one hears of it."""
         self._host = again(self._host)
-        edit, welcome = admit(self._host, self._terms, asked)
+        try:
+            edit, welcome = admit(self._host, self._terms, asked)
+        except Refusal as error:
+            output.say(f"{asked.name} is not let in: {error}")
+            raise
         write(self._host, edit)
         self._edit = edit
         fingerprint = PublicKey(asked.peer).fingerprint

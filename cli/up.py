@@ -7,16 +7,15 @@ from collections.abc import Callable
 from cli import failures, output
 from cli.failures import OK
 from tunnel.config import Config
-from tunnel.shell import log
+from tunnel.shell import log, loop
 from tunnel.shell.daemon import detach
-from tunnel.shell.loop import run
 from tunnel.shell.status import control_directory
 
 
 def in_foreground(config: Config, log_level: str) -> None:
     """Run the tunnel until it is ended."""
     log.setup(log_level)
-    run(config)
+    loop.run(config)
 
 
 def in_background(config: Config, log_level: str = "info") -> int:
@@ -27,7 +26,7 @@ def in_background(config: Config, log_level: str = "info") -> int:
     def background(ready: Callable[[], None]) -> None:
         file.parent.mkdir(parents=True, exist_ok=True, mode=0o755)
         log.setup(log_level, file=file)
-        run(config, ready=ready)
+        loop.run(config, ready=ready)
 
     problem = detach(background, failures.explain)
     if problem is not None:

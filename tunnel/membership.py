@@ -195,11 +195,10 @@ def _again(host: Host, terms: Terms, asked: JoinAsked, name: str) -> tuple[Edit,
         raise Refusal(f"its key is that of peer {name} here, which has other addresses")
     own: tuple[IPInterface, ...] = (ours,)
     assigned: tuple[IPInterface, ...] = ()
-    for address in host.addresses:
-        for network in host.networks_of(name):
-            if isinstance(network, IPv4Network) and network.prefixlen == 32 and not assigned:
-                if network.network_address in address.network:
-                    own, assigned = (ours, address), (IPv4Interface(network),)
+    for network in host.networks_of(name):
+        inside = [a for a in host.addresses if network.network_address in a.network]
+        if isinstance(network, IPv4Network) and network.prefixlen == 32 and inside:
+            own, assigned = (ours, inside[0]), (IPv4Interface(network),)
     edit = Edit(
         text=None,
         peer=name,
