@@ -8,11 +8,15 @@ The core forwards; nobody has a configuration, a key, or an address inside.
 
 from __future__ import annotations
 
+import fcntl
 import itertools
 import json
+import os
 import re
 import signal
+import struct
 import subprocess
+import termios
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -25,6 +29,7 @@ from cli.demo.netns import Namespace, Namespaces
 from tests.lab.hosts import MARTLET, until
 from tests.lab.rendezvous import Rendezvous
 from tunnel.config import load
+from tunnel.shell.networks import networks_in_use
 
 NETWORKS = {"a": "192.0.2", "b": "198.51.100", "c": "203.0.113"}
 CODE = re.compile(r"martlet-[a-z2-7]{100,}\n")
@@ -213,3 +218,80 @@ def test_an_interrupt_leaves_nothing_half_done(lab: Lab) -> None:
         "id_ed25519",
         "invite.log",
     ]
+
+
+def test_what_a_terminal_shows(lab: Lab) -> None:
+    """A QR code, and how much time is left; the code itself is on standard output as ever."""
+    ours, theirs = os.openpty()
+    fcntl.ioctl(ours, termios.TIOCSWINSZ, struct.pack("HHHH", 60, 100, 0, 0))
+    process = lab.a.space.popen(
+        [*MARTLET, "invite", str(lab.a.config), "--rendezvous", lab.url],
+        env={"TERM": "xterm", "COLUMNS": "100"},
+        stdout=subprocess.PIPE,
+        stderr=theirs,
+    )
+    os.close(theirs)
+    try:
+        assert process.stdout is not None
+        assert CODE.fullmatch(process.stdout.readline().decode())
+        shown = ""
+        deadline = time.monotonic() + 10
+        while "waiting for who joins, 9:5" not in shown:
+            assert time.monotonic() < deadline, shown
+            shown += os.read(ours, 4096).decode(errors="replace")
+    finally:
+        process.send_signal(signal.SIGINT)
+        assert process.wait(10) == 130
+        os.close(ours)
+    process.stdout.close()
+    blocks = [line for line in shown.splitlines() if line.count("\N{FULL BLOCK}") > 5]
+    assert len(blocks) >= 20
+    assert shown.index("martlet join CODE --up") < shown.index(blocks[0])
+
+
+def test_networks_that_are_in_use(lab: Lab) -> None:
+    lab.a.space.batch(
+        "link add other type veth peer name mt7",
+        "addr add 10.88.0.1/24 dev other",
+        "link set other up",
+        "link set mt7 up",
+        "route add blackhole 10.77.0.0/16",
+        "route add 10.66.0.0/16 dev mt7",
+        "route add 10.55.0.0/16 dev other table 99",
+    )
+    found = {str(network) for network in lab.a.space.call(lambda: networks_in_use("mt7"))}
+    assert {n for n in found if "." in n} == {"192.0.2.0/24", "10.88.0.0/24"}
+    found = {str(network) for network in lab.a.space.call(lambda: networks_in_use("none"))}
+    assert "10.66.0.0/16" in found
+
+
+def test_ipv4_is_chosen_around_what_both_ends_use(lab: Lab) -> None:
+    for host, network in ((lab.a, "10.88.0.1/24"), (lab.b, "10.89.0.1/24")):
+        host.space.batch(
+            "link add lan type veth peer name end",
+            f"addr add {network} dev lan",
+            "link set lan up",
+            "link set end up",
+        )
+    invite = lab.a.invite(lab.url, "--ipv4", "--up")
+    lab.b.martlet("join", invite.code, "--config", str(lab.b.config), "--up")
+    invite.end()
+    assert (lab.a.inner(4), lab.b.inner(4)) == ("10.90.0.1", "10.90.0.2")
+    assert " 0% packet loss" in lab.a.ping(lab.b, 4)
+
+
+def test_a_relay_is_shared_in_a_private_file(lab: Lab) -> None:
+    password = lab.a.config.parent / "relay"
+    password.write_text("geheim\n")
+    password.chmod(0o600)
+    invite = lab.a.invite(
+        lab.url, "--turn", "turn:192.0.2.1", "--turn-user", "alice",
+        "--turn-password-file", str(password),
+    )  # fmt: skip
+    lab.b.martlet("join", invite.code, "--config", str(lab.b.config))
+    said = invite.end()
+    assert "who joins gets your relay, too, with its password: turn:192.0.2.1" in said
+    (turn,) = load(lab.b.config).ice.turn
+    assert turn.password_file is not None
+    assert turn.password_file.read_text() == "geheim\n"
+    assert turn.password_file.stat().st_mode & 0o077 == 0

@@ -33,7 +33,7 @@ from tunnel.rendezvous.join_messages import MAX_DETAIL
 from tunnel.shell import clock
 from tunnel.shell.mqtt import Signaller
 
-LOOK = 0.2  # seconds between two looks at how the broker is
+LOOK = 0.1  # seconds between two looks at how the broker is
 HINT_AFTER = 5.0
 """Seconds after which a joiner is told that nobody answers: an answer takes two round trips."""
 ANSWER_PATIENCE = 60.0
@@ -193,7 +193,8 @@ def _words(text: str) -> str:
 
 
 class _Talk:
-    """A machine and its broker. The machine is made when a broker is reached first."""
+    """A machine and its broker. The machine is made once a broker has let us in: what it shows a
+    user is of no use before."""
 
     def __init__(
         self,
@@ -209,7 +210,6 @@ class _Talk:
         self._watcher = watcher
         self._machine: Machine | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._failure: Exception | None = None
         self._signaller = Signaller(
             rendezvous,
             will=None,
@@ -227,15 +227,17 @@ class _Talk:
             while not ended.done():
                 await asyncio.wait([ended], timeout=LOOK)
                 now = clock.now()
-                if self._failure is not None:
-                    raise self._failure
                 status = self._signaller.status()
-                self._follow(status["state"] == "connected", now)
                 error = status["error"] or ""
+                if status["state"] != "connected":
+                    self.reached = None
+                elif self.reached is None:
+                    self.reached = now
                 if self.reached is not None:
                     if told:
                         told = ""
                         self._watcher.recovered()
+                    self._begin(now)
                 elif error and error != told:
                     told = error
                     self._watcher.trouble(error, max(0.0, give_up_at - now))
@@ -252,22 +254,17 @@ class _Talk:
                 self._timer.cancel()
             await self._signaller.close()
 
-    def _follow(self, reached: bool, now: float) -> None:
-        if not reached:
-            self.reached = None
-        elif self.reached is None:
-            self.reached = now
+    def _begin(self, now: float) -> None:
+        if self._machine is None:
+            self._machine = self._make(now)
+            self._machine.connected(now)
+            self._pump(now)
 
     def _connected(self) -> None:
-        now = clock.now()
-        if self._machine is None:
-            try:
-                self._machine = self._make(now)
-            except Exception as error:
-                self._failure = error
-                return
-        self._machine.connected(now)
-        self._pump(now)
+        if self._machine is not None:
+            now = clock.now()
+            self._machine.connected(now)
+            self._pump(now)
 
     def _disconnected(self) -> None:
         if self._machine is not None:
