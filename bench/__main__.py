@@ -17,6 +17,7 @@ MEASUREMENTS = {
     "profile": ("hotspots", "where the tunnel's CPU time goes (perf)"),
     "roam": ("roam", "how long traffic is silent when an end moves"),
     "stability": ("stability", "moves that nobody needs, on a path that loses and jitters"),
+    "rendezvous": ("rendezvous", "how fast many pairs meet, and what a host costs the broker"),
     "drills": ("drills", "random events, one after the other; does everything flow again?"),
 }
 
