@@ -33,8 +33,8 @@ CONNECT_TIMEOUT = 10.0
 """Seconds from a connection to its CONNECT."""
 
 MEMORY_PER_CLIENT = 32768
-"""Bytes the broker may take for each client on average, in buffers and queues; 8 kB is what one
-takes that behaves (docs/rendezvous.md)."""
+"""Bytes the broker may take for each client on average, queues included; a host that behaves takes
+a twentieth of it (docs/rendezvous.md)."""
 
 MEMORY_BASE = 64 << 20
 """Bytes the broker may take besides."""
