@@ -10,14 +10,18 @@ from collections.abc import Callable
 from tunnel.config import PeerConfig
 from tunnel.control import ApplicationError
 from tunnel.events import NodeEvent, ResolveWanted
-from tunnel.path.network import Address, LocalNetwork, PathKey
+from tunnel.ice.candidate import relay_reaches
+from tunnel.path.network import Address, LocalNetwork, PathKey, is_usable_remote
 from tunnel.path.selector import candidates, unique
 from tunnel.quic.control_stream import Session
+from tunnel.surroundings import Surroundings
 
 DIAL_STAGGER = 0.05
 """Seconds between the first Initials on different paths: the best one usually answers first."""
 DIAL_PATHS = 16
 """At once: four uplinks to four addresses. What is beyond has its turn when nobody answered."""
+DIAL_RELAYED = 8
+"""The same, from relays."""
 MAX_PATHS = 100
 DIAL_TIMEOUT = 5.0
 """Seconds until a handshake that nobody answered is begun anew, names resolved again."""
@@ -46,7 +50,7 @@ class Dialler:
         self._config = config
         self._make = make
         self._emit = emit
-        self._network, self._port = LocalNetwork(), 0
+        self._surroundings = Surroundings(LocalNetwork(), 0)
         self._at: float | None = None
         self._queue: list[tuple[float, PathKey]] = []
         self._resolving = False
@@ -85,8 +89,8 @@ class Dialler:
 
     # inputs
 
-    def network_changed(self, network: LocalNetwork, port: int, now: float) -> None:
-        self._network, self._port = network, port
+    def network_changed(self, surroundings: Surroundings, now: float) -> None:
+        self._surroundings = surroundings
         self._queue_paths(now)
 
     def endpoints_resolved(self, addresses: list[Address], now: float) -> None:
@@ -141,11 +145,22 @@ class Dialler:
         self._queue_paths(now)
 
     def _paths(self) -> list[PathKey]:
-        found = candidates(self._network, self._port, self.resolved, limit=MAX_PATHS)
-        if len(found) <= DIAL_PATHS:
-            return found
-        first = self._unanswered * DIAL_PATHS % len(found)
-        return [*found[first:], *found[:first]][:DIAL_PATHS]
+        around = self._surroundings
+        found = candidates(around.network, around.port, self.resolved, limit=MAX_PATHS)
+        if len(found) > DIAL_PATHS:
+            first = self._unanswered * DIAL_PATHS % len(found)
+            found = [*found[first:], *found[:first]][:DIAL_PATHS]
+        return found + self._relayed()[:DIAL_RELAYED]
+
+    def _relayed(self) -> list[PathKey]:
+        """From our relays, for a host whose network lets UDP pass to nobody."""
+        relays = [base for base in self._surroundings.bases if base.relay]
+        return [
+            PathKey(base.address, remote)
+            for remote in self.resolved
+            for base in sorted(relays, key=lambda base: base.rank)
+            if is_usable_remote(remote.host) and relay_reaches(base.address, remote)
+        ]
 
     def _queue_paths(self, now: float) -> None:
         if self.session is None:

@@ -1,7 +1,8 @@
 """Our own candidates, as the peer is told them: a full list with a generation.
 
-Host candidates, one for each base; server-reflexive ones, of which there are three sources for a
-base: STUN servers, what the peer observed of the session, and what it saw our checks come from.
+Host candidates, one for each base, or relayed ones, where it is a relay; server-reflexive ones, of
+which there are three sources for a base: STUN servers, what the peer observed of the session, and
+what it saw our checks come from.
 Behind a NAT that maps each destination to another port these never agree, so that only the few
 seen most often are told. Advertised addresses come first: somebody configured them.
 """
@@ -47,8 +48,11 @@ class OwnCandidates:
         """Make the list anew. With pairs that are warm, what others saw is old."""
         pairs = [pair for pair in pairs if pair.mapped is not None]
         found: list[Candidate] = [Candidate(a, Kind.SRFLX, 0, False) for a in self._advertise]
-        for base in sorted(bases, key=lambda base: (base.rank, base.address)):
+        for base in sorted(bases, key=lambda base: (base.relay, base.rank, base.address)):
             rank = min(base.rank, MAX_RANK)
+            if base.relay:
+                found.append(Candidate(base.address, Kind.RELAY, rank, base.metered))
+                continue
             found.append(Candidate(base.address, Kind.HOST, rank, base.metered))
             mine = [pair for pair in pairs if pair.base is base]
             counted = Counter(
