@@ -87,6 +87,7 @@ async def _main(
             monitor,
             listen_port=interface.listen_port or 0,
             peers=[peer.name for peer in config.peers],
+            turn=config.ice.turn,
             strict=strict,
         )
         undo.callback(driver.close)
