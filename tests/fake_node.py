@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from ipaddress import ip_network
 from typing import Any
 
+from tunnel.config import IPInterface, PeerConfig
 from tunnel.datapath.engine import Connection, Datapath, Path
 from tunnel.datapath.native.engine import CIPHERS, Report
 from tunnel.events import NodeEvent
@@ -83,6 +85,9 @@ class FakeNode:
     def endpoints_resolved(self, peer: str, addresses: list[Address], now: float) -> None:
         self.calls.append(("endpoints_resolved", peer, addresses))
 
+    def mapped_ports_changed(self, mapped: dict[Address, Address], now: float) -> None:
+        self.calls.append(("mapped_ports_changed", mapped))
+
     def endpoints_found(self, peer: str, addresses: list[Address], now: float) -> None:
         self.calls.append(("endpoints_found", peer, addresses))
 
@@ -111,6 +116,15 @@ class FakeNode:
         self, peer: str, token: int, port: int, secret: bytes, reason: str, now: float
     ) -> None:
         self.calls.append(("bench_served", peer, token, port, secret, reason))
+
+    def add_addresses(self, addresses: Sequence[IPInterface]) -> None:
+        self.calls.append(("add_addresses", tuple(addresses)))
+
+    def add_peer(self, config: PeerConfig, now: float) -> None:
+        self.calls.append(("add_peer", config.name))
+
+    def remove_peer(self, peer: str, now: float) -> None:
+        self.calls.append(("remove_peer", peer))
 
     def close(self, now: float) -> None:
         self.calls.append(("close",))

@@ -64,6 +64,7 @@ __all__ = [
     "Redundancy",
     "RendezvousConfig",
     "TurnConfig",
+    "called",
     "check_own_key",
     "load",
     "loads",
@@ -167,8 +168,18 @@ def resolve_config_path(name_or_path: str) -> Path:
     return CONFIG_DIRECTORY / f"{name_or_path}.toml"
 
 
-def load(path: str | Path) -> Config:
-    """Read and validate a configuration file. Raises ConfigError."""
+def called(path: Path) -> str:
+    """The other way round: what a user gives `up` for this file, NAME if that is enough."""
+    if path.parent == CONFIG_DIRECTORY and path.suffix == ".toml":
+        return path.stem
+    return str(path) if "/" in str(path) or path.suffix == ".toml" else f"./{path}"
+
+
+def load(path: str | Path, *, known_as: Path | None = None) -> Config:
+    """Read and validate a configuration file. Raises ConfigError.
+
+    `known_as`: the path that relative ones inside start from, where it is another.
+    """
     try:
         data = Path(path).read_bytes()
     except FileNotFoundError:
@@ -192,7 +203,7 @@ def load(path: str | Path) -> Config:
             line=data.count(b"\n", 0, error.start) + 1,
             remedy="save it as UTF-8",
         ) from None
-    return loads(text, path)
+    return loads(text, known_as or path)
 
 
 def loads(text: str, file: str | Path) -> Config:

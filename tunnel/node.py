@@ -8,11 +8,14 @@ import errno
 import hmac
 import random
 from collections import deque
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, TextIO
 
+from msgspec import structs
+
 from tunnel.benches import BENCH_FEATURE
-from tunnel.config import Config
+from tunnel.config import Config, IPInterface, IPNetwork, PeerConfig
 from tunnel.control import PROTOCOL_VERSION, ApplicationError, Hello
 from tunnel.datapath.engine import Connection, Datapath
 from tunnel.events import NodeEvent, PeerRefused, PortUnwanted, ResolveWanted
@@ -78,6 +81,7 @@ class Node:
         self._max_packets_per_key = max_packets_per_key
         self._own_key = identity.public_key.raw
         self._reset_secret = identity.derive(b"martlet stateless reset", 32)
+        self._wall_offset = wall_offset
         self._door = Door(self._own_key, rng.randbytes(16))
         self._events: deque[NodeEvent] = deque()
         self.datapath = Datapath(peer.allowed_ips for peer in config.peers)
@@ -96,32 +100,23 @@ class Node:
             "resets_sent": 0,
             "send_errors": 0,
         }
-        hello = Hello(
+        self._hello = Hello(
             version=PROTOCOL_VERSION,
             features=FEATURES,
             addresses=tuple(str(a.ip) for a in config.interface.address),
             boot_id=boot_id,
         )
-        forbidden = [a.network for a in config.interface.address]
-        forbidden += [network for peer in config.peers for network in peer.allowed_ips]
-        advertise = [Address(str(e.ip), e.port) for e in config.ice.advertise if e.ip is not None]
+        self._addresses = config.interface.address
+        self._advertise = [
+            Address(str(e.ip), e.port) for e in config.ice.advertise if e.ip is not None
+        ]
         self._gatherer = Gatherer(rng)
+        self._mapped: dict[Address, Address] = {}
         self.peers: dict[str, Peer] = {}
+        self._places: dict[str, int] = {}  # of each peer, in the datapath
+        forbidden = self._forbidden(config.peers)
         for owner, peer_config in enumerate(config.peers):
-            self.peers[peer_config.name] = Peer(
-                peer_config,
-                agent=Agent(rng=rng, advertise=advertise, forbidden=forbidden),
-                redundancy=config.paths.redundancy,
-                lane=self.datapath.lane(owner, rng.getrandbits(64)),
-                ledger=self._ledger,
-                own_key=self._own_key,
-                dialable=config.interface.listen_port is not None,
-                hello=hello,
-                rng=rng,
-                wall_offset=wall_offset,
-                dial=self._dial,
-                emit=self._events.append,
-            )
+            self.peers[peer_config.name] = self._peer(peer_config, owner, forbidden)
         self._by_key = {peer.config.public_key.raw: peer for peer in self.peers.values()}
         self.meeting: Meeting | None = None
         """Through the brokers of [rendezvous]."""
@@ -129,7 +124,71 @@ class Node:
             self.meeting = Meeting(identity, self._by_key, boot_id=boot_id, rng=rng)
         self._started = False
 
+    def _peer(self, config: PeerConfig, owner: int, forbidden: Sequence[IPNetwork]) -> Peer:
+        self._places[config.name] = owner
+        return Peer(
+            config,
+            agent=Agent(rng=self._rng, advertise=self._advertise, forbidden=forbidden),
+            redundancy=self._config.paths.redundancy,
+            lane=self.datapath.lane(owner, self._rng.getrandbits(64)),
+            ledger=self._ledger,
+            own_key=self._own_key,
+            dialable=self._config.interface.listen_port is not None,
+            hello=self._hello,
+            rng=self._rng,
+            wall_offset=self._wall_offset,
+            dial=self._dial,
+            emit=self._events.append,
+        )
+
+    def _forbidden(self, peers: Iterable[PeerConfig]) -> list[IPNetwork]:
+        """Where no peer is to be sought: the tunnel's own networks, and those routed into it."""
+        forbidden: list[IPNetwork] = [address.network for address in self._addresses]
+        return forbidden + [network for peer in peers for network in peer.allowed_ips]
+
     # inputs
+
+    def add_addresses(self, addresses: Sequence[IPInterface]) -> None:
+        """This host has these inside the tunnel, too. Peers that are added later hear of them."""
+        self._addresses += tuple(addresses)
+        hello = [*self._hello.addresses, *(str(address.ip) for address in addresses)]
+        self._hello = structs.replace(self._hello, addresses=tuple(dict.fromkeys(hello)))
+        self._forbid()
+
+    def add_peer(self, config: PeerConfig, now: float) -> None:
+        """A further peer, of a name and key that no other has. Sessions with others go on."""
+        if self.meeting is not None:
+            self.meeting.add_peer(config.public_key.raw)
+        owner = self.datapath.allow(config.allowed_ips)
+        peer = self._peer(config, owner, ())
+        self.peers[config.name] = self._by_key[config.public_key.raw] = peer
+        self._forbid()
+        if self.meeting is not None:
+            self.meeting.add_peer(config.public_key.raw)
+        if self._started:
+            peer.network_changed(self._surroundings, now)
+            peer.roaming.agent.reflexive_changed(self._gatherer.mapped(), now)
+            peer.roaming.agent.mapped_ports_changed(self._mapped, now)
+            peer.start(now)
+
+    def remove_peer(self, name: str, now: float) -> None:
+        """A peer is not wanted any more: its sessions are closed, its packets go nowhere."""
+        peer = self.peers.pop(name)
+        key = peer.config.public_key.raw
+        del self._by_key[key]
+        if self.meeting is not None:
+            self.meeting.remove_peer(key)
+        self.datapath.disallow(self._places.pop(name))
+        peer.leave()
+        for session, owner in self._owners.items():
+            if owner is peer and not session.connection.is_closed:
+                session.close(ApplicationError.GOODBYE, "removed from the configuration")
+        self._forbid()
+
+    def _forbid(self) -> None:
+        forbidden = self._forbidden(peer.config for peer in self.peers.values())
+        for peer in self.peers.values():
+            peer.roaming.agent.forbidden_changed(forbidden)
 
     def receive_datagram(self, data: bytes, path: PathKey, now: float) -> None:
         if looks_like_stun(data):
@@ -193,12 +252,20 @@ class Node:
     def endpoints_resolved(self, peer: str, addresses: list[Address], now: float) -> None:
         if peer == STUN_SERVERS:
             self._gatherer.servers_resolved(addresses, now)
-        else:
+        elif peer in self.peers:
             self.peers[peer].endpoints_resolved(addresses, now)
+
+    def mapped_ports_changed(self, mapped: dict[Address, Address], now: float) -> None:
+        """By local socket, the external addresses that routers have mapped to it, in full."""
+        self._mapped = mapped
+        for peer in self.peers.values():
+            peer.roaming.agent.mapped_ports_changed(mapped, now)
+            peer.poll(now)
 
     def endpoints_found(self, peer: str, addresses: list[Address], now: float) -> None:
         """Where a peer seems to be, in place of what was found before; hints, unauthenticated."""
-        self.peers[peer].endpoints_found(addresses, now)
+        if peer in self.peers:
+            self.peers[peer].endpoints_found(addresses, now)
 
     def signaller_connected(self, now: float) -> None:
         """A broker serves us, and our topics are subscribed to."""
@@ -240,7 +307,8 @@ class Node:
         self, peer: str, token: int, port: int, secret: bytes, reason: str, now: float
     ) -> None:
         """The shell's answer to `BenchWanted`."""
-        self.peers[peer].bench_served(token, port, secret, reason)
+        if peer in self.peers:
+            self.peers[peer].bench_served(token, port, secret, reason)
 
     def handle_timer(self, now: float) -> None:
         for session in list(self._owners):
@@ -331,10 +399,14 @@ class Node:
             "interface": self._config.interface.name,
             "public_key": self._identity.public_key.openssh,
             "listen_port": self._surroundings.port,
-            "peers": [peer.status(now) for peer in self.peers.values()],
+            "peers": [peer.status(now, self._met(peer, now)) for peer in self.peers.values()],
             "counters": {**self.counters, "unroutable_packets": self.datapath.unroutable},
             **({"rendezvous": self.meeting.counters} if self.meeting is not None else {}),
         }
+
+    def _met(self, peer: Peer, now: float) -> dict[str, Any] | None:
+        key = peer.config.public_key.raw
+        return None if self.meeting is None else self.meeting.status(key, now)
 
     def history(self) -> list[dict[str, Any]]:
         return self._ledger.to_builtins()

@@ -187,6 +187,14 @@ class Peer:
             if session is not None and session.said_hello:
                 session.say(Goodbye(reason=reason))
 
+    def leave(self) -> None:
+        """This peer is not wanted any more. Its sessions are closed by whoever says so, and what
+        becomes of them is of no interest to anybody."""
+        self._emit = _nobody
+        self.dialler.cancel()
+        self.roaming.agent.stop()
+        self.lane.hold()
+
     def reset(self, session: Session, now: float) -> None:
         """The peer says, unforgeably, that it does not know this connection."""
         if session is self.session:
@@ -426,9 +434,11 @@ class Peer:
 
     # status
 
-    def status(self, now: float) -> dict[str, Any]:
-        """This peer's part of `status --json`; times in milliseconds, sizes in bytes."""
+    def status(self, now: float, meeting: dict[str, Any] | None = None) -> dict[str, Any]:
+        """This peer's part of `status --json`; times in milliseconds, sizes in bytes. `meeting` is
+        what the rendezvous knows of it."""
         session = self.session
+        agent = self.roaming.agent
         return {
             "name": self.name,
             "public_key": self.config.public_key.openssh,
@@ -436,7 +446,12 @@ class Peer:
             "active_path": str(session.active) if session is not None else None,
             "observed_address": self.observed,
             "paths": report.paths(session, self.roaming) if session is not None else [],
-            "why": report.why(session, self.roaming, now) if session is not None else [],
+            "why": (
+                report.why(session, self.roaming, now)
+                if session is not None
+                else report.obstacles(self.config.endpoint, agent, meeting, self.dialler.resolved)
+            ),
+            "rendezvous": meeting,
             "migrations": self._ledger.count(self.name),
             "counters": {
                 **self.lane.counters,
@@ -446,6 +461,10 @@ class Peer:
                 **self.roaming.agent.counters,
             },
         }
+
+
+def _nobody(event: NodeEvent) -> None:
+    """Is told."""
 
 
 def _credentials(session: Session) -> Credentials:

@@ -137,6 +137,30 @@ def test_a_route_of_two_hops(lab: Lab) -> None:
     lab.change("addr add 192.0.2.1/24 dev uplink1")
     network = lab.change("route add default nexthop via 192.0.2.8 nexthop via 192.0.2.9")
     assert routes(network) == {"192.0.2.0/24 uplink1 0", "0.0.0.0/0 uplink1 0"}
+    assert {route.gateway for route in network.routes} == {"", "192.0.2.8", "192.0.2.9"}
+
+
+def test_gateways(lab: Lab) -> None:
+    """What a host asks for a port, and what it reaches without asking anybody."""
+    lab.host.batch("addr add 192.0.2.1/24 dev uplink1", "addr add 2001:db8::1/64 dev uplink1 nodad")
+    network = lab.change(
+        "route add default via 192.0.2.254 metric 50",
+        "route add default via 192.0.2.253 metric 20",
+        "route add default via fe80::1 dev uplink1",
+    )
+    by_ip = {address.ip: network.gateway(address) for address in network.addresses}
+    assert by_ip == {"192.0.2.1": "192.0.2.253", "2001:db8::1": "fe80::1"}
+    assert network.on_link("192.0.2.77") and network.on_link("2001:db8::2", "uplink1")
+    assert not network.on_link("198.51.100.1") and not network.on_link("192.0.2.77", "uplink2")
+    network = lab.change(
+        "route del default metric 50",
+        "route del default metric 20",
+        "route add 0.0.0.0/0 via inet6 fe80::1 dev uplink1",
+    )
+    network = lab.until(
+        lambda network: any(r.network.prefixlen == 0 and r.gateway for r in network.routes)
+    )
+    assert network.gateway(LocalAddress("192.0.2.1", "uplink1")) == ""  # of the other family
 
 
 def test_an_overrun_loses_nothing(lab: Lab) -> None:

@@ -138,3 +138,35 @@ def test_a_hard_pair_waits_cheaply() -> None:
     assert not world.both_up
     for host, earlier in zip(world.hosts.values(), before, strict=True):
         assert host.bytes_sent - earlier <= 600 * 100  # bytes a second
+
+
+def why(world: World, name: str) -> str:
+    (peer,) = world.hosts[name].node.status(world.now)["peers"]
+    return " ".join(peer["why"])
+
+
+def test_what_a_peer_is_waited_for_is_told() -> None:
+    """In the words of `martlet status` and `why`: the broker, the peer, the way."""
+    world = behind(HARD, EASY)
+    world.broker_up = False
+    world.boot("a")
+    world.run(3.0)
+    assert "no broker" in why(world, "a")
+    world.broker_up = True
+    world.run(1.0)
+    assert "not heard of" in why(world, "a")
+    world.boot("b")
+    world.run(10.0)
+    assert "heard of at the rendezvous" in why(world, "a")
+    assert "a relay would connect you" in why(world, "a")
+
+
+def test_what_a_peer_that_is_dialled_is_waited_for() -> None:
+    world = World()
+    world.boot("a")
+    world.run(3.0)
+    assert "dialled at 198.51.100.1:4117" in why(world, "a")
+    world.boot("b")
+    world.stop("a")
+    world.boot("b")
+    assert "has to dial us" in why(world, "b")

@@ -398,8 +398,10 @@ class World:
 
         def distribute() -> None:
             for other in self.hosts.values():
+                if not other.connected:
+                    continue
                 meeting = other.node.meeting
-                if other.connected and meeting is not None and topic in meeting.topics():
+                if meeting is not None and topic in meeting.topics():
                     self.after(self.delay, lambda other=other: hand_over(other))  # type: ignore[misc]
 
         self.after(self.delay, distribute)

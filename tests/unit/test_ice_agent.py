@@ -672,6 +672,32 @@ def test_what_others_see_is_told() -> None:
     assert [c.address.port for c in candidates] == [PORT, 9, 7, 40001]
 
 
+def test_a_mapped_port_is_told_before_what_servers_see() -> None:
+    """Unless there is another NAT behind the one that mapped it: then after."""
+    agent = agent_with(PEER)
+    agent.observed(BASE.address, Address("203.0.113.1", 7), START)
+    agent.reflexive_changed({BASE.address: Address("203.0.113.1", 9)}, START)
+    events(agent)
+
+    def told(host: str) -> list[tuple[str, int]]:
+        mapped = {BASE.address: Address(host, 8), Address("192.168.99.9", 1): Address(host, 1)}
+        agent.mapped_ports_changed(mapped, START)
+        assert events(agent) == [CandidatesChanged()]
+        srflx = [c for c in agent.candidates()[1] if c.kind is Kind.SRFLX]
+        assert {(c.rank, c.metered) for c in srflx} == {(BASE.rank, BASE.metered)}
+        return [(c.address.host, c.address.port) for c in srflx]
+
+    seen = [("203.0.113.1", 9), ("203.0.113.1", 7)]
+    assert told("203.0.113.1") == [("203.0.113.1", 8), *seen]
+    assert told("100.64.7.7") == [seen[0], ("100.64.7.7", 8), seen[1]]
+    agent.mapped_ports_changed({}, START)
+    assert len(agent.candidates()[1]) == 3
+    agent.mapped_ports_changed({BASE.address: Address("203.0.113.1", 8)}, START)
+    agent.bases_changed(LocalNetwork(), [], START)
+    agent.bases_changed(local_network([uplink("a")]), bases_of([uplink("a")]), START)
+    assert [c.kind for c in agent.candidates()[1]] == [Kind.HOST]  # what was is old
+
+
 # anything at all
 
 
@@ -773,3 +799,30 @@ def test_whatever_can_be_reached_is_reached() -> None:
     assert len(times) > 250
     assert times[len(times) // 2] < 1.5
     assert times[len(times) * 95 // 100] < 16  # idle ends ask every 15 s
+
+
+def test_what_is_routed_into_the_tunnel_later_is_left() -> None:
+    """A base, a candidate of ours, and an address of the peer, by a peer that was added live."""
+    agent = Agent(rng=random.Random(1), advertise=[Address("203.0.113.9", 9)])
+    agent.start(OURS, START)
+    links = [uplink("a"), uplink("b")]
+    agent.bases_changed(local_network(links), bases_of(links), START)
+    agent.remote_address(PEER, START)
+    other = Address("198.51.100.77", 7)
+    agent.remote_address(other, START)
+    bases = {pair.key.local for pair in agent.pairs()}
+    assert len(bases) == 2
+    gone = min(bases)
+    events(agent)
+    agent.forbidden_changed(
+        [ip_network(address) for address in ("203.0.113.9/32", "198.51.100.77/32", gone.host)]
+    )
+    (pair,) = agent.pairs()
+    assert pair.key == PathKey(max(bases), PEER)
+    assert [candidate.address for candidate in agent.candidates()[1]] == [max(bases)]
+    assert CandidatesChanged() in events(agent)
+    agent.remote_address(other, START)
+    assert len(agent.pairs()) == 1
+    agent.forbidden_changed([])
+    agent.bases_changed(local_network(links), bases_of(links), START)
+    assert len(agent.pairs()) == 2

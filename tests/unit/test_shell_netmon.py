@@ -31,13 +31,15 @@ def test_select_joins_addresses_and_routes_with_their_links() -> None:
             InterfaceAddress("192.0.2.9", 9, True),  # its link came after the links were read
         ],
         [
-            Hop(V4_DEFAULT, 2, 100, True),
+            Hop(V4_DEFAULT, 2, 100, True, "192.0.2.254"),
             Hop(V4_DEFAULT, 2, 200, False),
             Hop(V4_DEFAULT, 3, 50, True),
             Hop(ip_network("172.17.0.0/16"), 4, 0, True),
         ],
         lambda name: name == "docker0",
-    ) == LocalNetwork((LocalAddress("192.0.2.1", "eth0"),), (Route(V4_DEFAULT, "eth0", 100),))
+    ) == LocalNetwork(
+        (LocalAddress("192.0.2.1", "eth0"),), (Route(V4_DEFAULT, "eth0", 100, "192.0.2.254"),)
+    )
 
 
 class Message(dict[str, Any]):
@@ -128,11 +130,24 @@ def test_routes(decoding: Any) -> None:
 
 
 def test_a_route_of_several_hops(decoding: Any) -> None:
-    ways = [{"oif": 2, "flags": 0}, {"oif": 3, "flags": 0x1}]
+    ways = [
+        Message({"oif": 2, "flags": 0}, RTA_GATEWAY="192.0.2.254"),
+        Message({"oif": 3, "flags": 0x1}),
+    ]
     assert decoding(netmon._route, Message(route(), RTA_MULTIPATH=ways)) == (
-        Hop(V4_DEFAULT, 2, 0, True),
+        Hop(V4_DEFAULT, 2, 0, True, "192.0.2.254"),
         Hop(V4_DEFAULT, 3, 0, False),
     )
+
+
+def test_gateways(decoding: Any) -> None:
+    def gateway(**attributes: Any) -> str:
+        (hop,) = decoding(netmon._route, Message(route(), RTA_OIF=2, **attributes))
+        return str(hop.gateway)
+
+    assert gateway() == ""
+    assert gateway(RTA_GATEWAY="192.0.2.254") == "192.0.2.254"
+    assert gateway(RTA_VIA={"family": 10, "addr": "fe80::1"}) == "fe80::1"
 
 
 def test_messages_are_split_and_made_comparable() -> None:

@@ -160,6 +160,21 @@ class Agent:
 
     # inputs: addresses
 
+    def forbidden_changed(self, forbidden: Sequence[IPNetwork]) -> None:
+        """Other networks are routed into the tunnel now. Whatever lies in them is forgotten, by
+        either end; what does no longer comes back with the next snapshot, list or check."""
+        self._forbidden = tuple(forbidden)
+        self._own.forbidden_changed(self._forbidden)
+        self._remotes.forbidden_changed(self._forbidden)
+        usable = {a: b for a, b in self._bases.items() if usable_candidate(a, self._forbidden)}
+        if usable != self._bases:
+            self._bases = usable
+            self._own.keep_bases(usable)
+            self._list.bases_changed(self._network, usable)
+        else:
+            self._list.rebuild()
+        self._refresh_own()
+
     def bases_changed(self, network: LocalNetwork, bases: Sequence[Base], now: float) -> None:
         """A full snapshot. A base is paired with what its interface has a route to."""
         usable = {b.address: b for b in bases if usable_candidate(b.address, self._forbidden)}
@@ -174,6 +189,11 @@ class Agent:
     def reflexive_changed(self, mapped: Mapping[Address, Address], now: float) -> None:
         """By base, the addresses that STUN servers see."""
         self._own.reflexive_changed({b: a for b, a in mapped.items() if b in self._bases})
+        self._refresh_own()
+
+    def mapped_ports_changed(self, mapped: Mapping[Address, Address], now: float) -> None:
+        """By base, the addresses that routers say lead to it."""
+        self._own.mapped_changed({b: a for b, a in mapped.items() if b in self._bases})
         self._refresh_own()
 
     def observed(self, local: Address, address: Address, now: float) -> None:

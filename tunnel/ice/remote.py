@@ -88,6 +88,13 @@ class Remotes:
     def get(self, address: Address) -> Remote | None:
         return self._known.get(address)
 
+    def forbidden_changed(self, forbidden: Sequence[IPNetwork]) -> None:
+        """Forget what is inside the tunnel now."""
+        self._forbidden = tuple(forbidden)
+        for remote in self:
+            if not usable_candidate(remote.address, self._forbidden):
+                self.forget(remote.address)
+
     def new_session(self) -> None:
         """The peer may have been restarted, and counts its lists from the beginning."""
         self.generation = -1

@@ -76,6 +76,8 @@ class Route:
     network: IPv4Network | IPv6Network
     interface: str
     metric: int
+    gateway: str = ""
+    """The router's address, without scope if link-local; "" where the network is on the link."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +116,31 @@ class LocalNetwork:
             for address in self.addresses
             if address.interface in best and (":" in address.ip) == (remote.version == 6)
         }
+
+    def gateway(self, local: LocalAddress) -> str:
+        """The default gateway that packets from there take; "" without one of its family."""
+        version = 6 if ":" in local.ip else 4
+        routes = [
+            route
+            for route in self.routes
+            if route.gateway
+            and route.interface == local.interface
+            and (route.network.prefixlen, route.network.version) == (0, version)
+            and (":" in route.gateway) == (version == 6)
+        ]
+        return min(routes, key=lambda route: route.metric).gateway if routes else ""
+
+    def on_link(self, remote_ip: str, interface: str = "") -> bool:
+        """Whether an address is reached without a router, by this interface if one is named."""
+        remote = _parsed(remote_ip)
+        return any(
+            not route.gateway
+            and route.network.prefixlen  # a default route of a tunnel or modem leads anywhere
+            and route.network.version == remote.version
+            and remote in route.network
+            and interface in ("", route.interface)
+            for route in self.routes
+        )
 
     def ranks(self) -> dict[LocalAddress, int]:
         """The order of the addresses of each family by the widest route of their interface, which

@@ -213,6 +213,12 @@ class Meeting:
         self._refresh_topics()
         self._refresh_timer()
 
+    def remove_peer(self, peer: bytes) -> None:
+        """It hears nothing more of us, whatever it says."""
+        entry = self._peers.pop(peer)
+        del self._by_topic[entry.incoming]
+        self._events = deque(event for event in self._events if event.peer != peer)
+
     # inputs
 
     def connected(self, now: float) -> None:
@@ -307,6 +313,7 @@ class Meeting:
         entry = self._peers[peer]
         heard = entry.heard_at
         return {
+            "connected": self._connected,
             "wanted": entry.wanted,
             "present": entry.present,
             "heard_s": None if heard is None else round(now - heard, 3),

@@ -16,14 +16,15 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import inf
 from typing import Any, Protocol
 
 from tun.device import TunDevice
 from tun.errors import TunError
 from tun.linux import read_failure
-from tunnel.config import RendezvousConfig
+from tunnel.config import IPInterface, PeerConfig, RendezvousConfig
+from tunnel.config_change import Change
 from tunnel.datapath.engine import Connection, Datapath, Path
 from tunnel.errors import LocalError
 from tunnel.events import (
@@ -87,6 +88,7 @@ class Node(Protocol):
     def network_changed(self, network: LocalNetwork, port: int, now: float) -> None: ...
     def port_opened(self, local: Address, now: float) -> None: ...
     def endpoints_resolved(self, peer: str, addresses: list[Address], now: float) -> None: ...
+    def mapped_ports_changed(self, mapped: dict[Address, Address], now: float) -> None: ...
     def endpoints_found(self, peer: str, addresses: list[Address], now: float) -> None: ...
     def send_failed(self, path: PathKey, error: int, now: float) -> None: ...
     def resumed(self, now: float) -> None: ...
@@ -96,6 +98,9 @@ class Node(Protocol):
     def bench_served(
         self, peer: str, token: int, port: int, secret: bytes, reason: str, now: float
     ) -> None: ...
+    def add_addresses(self, addresses: Sequence[IPInterface]) -> None: ...
+    def add_peer(self, config: PeerConfig, now: float) -> None: ...
+    def remove_peer(self, peer: str, now: float) -> None: ...
     def close(self, now: float) -> None: ...
     def datagrams_to_send(self, now: float) -> list[tuple[PathKey, bytes]]: ...
     def signaller_connected(self, now: float) -> None: ...
@@ -112,10 +117,31 @@ class Node(Protocol):
     def closed(self) -> bool: ...
 
 
+class Follower(Protocol):
+    """What else follows the network, beside the node: it asks others about it, and tells what it
+    learnt by a callback, never from inside a call."""
+
+    def network_changed(self, network: LocalNetwork, port: int) -> None:
+        """A full snapshot, and the port of the sockets."""
+
+    def resumed(self) -> None:
+        """The host slept."""
+
+    def stop(self) -> None:
+        """The end is near: say goodbye where that takes time. Nothing more is told."""
+
+    def close(self) -> None:
+        """The end, soon."""
+
+    def status(self) -> list[dict[str, Any]]:
+        """For `status --json`."""
+
+
 class Driver:
     """Drives one node in the running loop. Implements `status.Control`.
 
-    `strict` is for tests: the first bug ends the tunnel, and `wait()` raises it.
+    `reload` reads the configuration again, changes the interface, and says what is new. `strict`
+    is for tests: the first bug ends the tunnel, and `wait()` raises it.
     """
 
     def __init__(
@@ -127,13 +153,15 @@ class Driver:
         listen_port: int,
         peers: list[str],
         rendezvous: RendezvousConfig | None = None,
+        reload: Callable[[], Change] | None = None,
         strict: bool = False,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._node = node
         self._tun = tun
         self._monitor = monitor
-        self._peers = peers
+        self._peers = list(peers)
+        self._reload = reload
         self._strict = strict
         self._io = node.datapath.drive(
             tun.fileno(), tcp=tun.offload.tcp, udp=tun.offload.udp, aim=self._aim
@@ -151,6 +179,7 @@ class Driver:
                 disconnected=lambda: self._turn(self._node.signaller_disconnected),
                 received=self._on_signal,
             )
+        self._followers: dict[str, Follower] = {}
         self._alarm = Alarm()
         self._jumps = JumpDetector(clock.now(), clock.monotonic())
         self._heartbeat = -inf
@@ -168,6 +197,10 @@ class Driver:
         self._stopped: asyncio.Future[None] = self._loop.create_future()
 
     # ---- life ----
+
+    def follow(self, name: str, follower: Follower) -> None:
+        """Have this follow the network, too, before the start; `name` is its key in the status."""
+        self._followers[name] = follower
 
     def start(self) -> None:
         """Look at the network and begin. Raises LocalError (port in use), OSError."""
@@ -188,6 +221,7 @@ class Driver:
             self._finish()
             return
         _log.info("closing")
+        self._each(lambda follower: follower.stop())
         self._closing = self._loop.call_later(CLOSE_TIMEOUT, self._finish)
         self._turn(self._node.close)
 
@@ -206,6 +240,7 @@ class Driver:
             if timer is not None:
                 timer.cancel()
         self._resolver.close()
+        self._each(lambda follower: follower.close())
         self._benches.close()
         self._loop.remove_reader(self._io.fileno())
         self._loop.remove_reader(self._monitor.fileno())
@@ -227,6 +262,7 @@ class Driver:
         }
         if self._signaller is not None:
             status["rendezvous"] = {**status.get("rendezvous", {}), **self._signaller.status()}
+        status |= {name: follower.status() for name, follower in self._followers.items()}
         engine = {} if self._stopped.done() else self._io.counters  # it goes with close()
         status["counters"] = {
             **status.get("counters", {}),
@@ -260,6 +296,46 @@ class Driver:
         self._offers[token] = answered
         self._turn(lambda now: self._node.bench(peer, token, seconds, now))
         return lambda: self._forget_offer(token)
+
+    # ---- what followers tell ----
+
+    def ports_mapped(self, mapped: dict[Address, Address]) -> None:
+        """By local socket, the external addresses that routers have mapped to it, in full."""
+        self._turn(lambda now: self._node.mapped_ports_changed(mapped, now))
+
+    def endpoints_found(self, peer: str, addresses: list[Address]) -> None:
+        """Where a peer seems to be, in full."""
+        self._turn(lambda now: self._node.endpoints_found(peer, addresses, now))
+
+    def reload(self) -> dict[str, list[str]]:
+        """Take what is new in the configuration; returns names, as strings.
+
+        Raises ConfigError, LocalError, TunError: then nothing has changed.
+        """
+        if self._reload is None:
+            raise LocalError("this tunnel has no configuration file")
+        change = self._reload()
+
+        def feed(now: float) -> None:
+            if change.addresses:
+                self._node.add_addresses(change.addresses)
+            for name in change.removed:
+                self._node.remove_peer(name, now)
+                self._resolver.forget(name)
+            for peer in change.added:
+                self._node.add_peer(peer, now)
+
+        self._peers = [name for name in self._peers if name not in change.removed]
+        self._peers += [peer.name for peer in change.added]
+        if change:
+            self._turn(feed)
+        news = {
+            "addresses": [str(address) for address in change.addresses],
+            "added": [peer.name for peer in change.added],
+            "removed": list(change.removed),
+        }
+        _log.info("reloaded", **{key: ",".join(names) for key, names in news.items() if names})
+        return news
 
     # ---- what wakes us ----
 
@@ -346,6 +422,7 @@ class Driver:
                 self._node.resumed(now)
                 if self._signaller is not None:
                     self._signaller.network_changed()
+                self._loop.call_soon(self._each, lambda follower: follower.resumed())
             feed(now)
         except TunError as error:
             self._fail(error)
@@ -466,12 +543,23 @@ class Driver:
             self._loop.call_soon(self._resolver.retry)
             if self._signaller is not None:
                 self._signaller.network_changed()
+            port = self._sockets.port
+            self._loop.call_soon(
+                self._each, lambda follower: follower.network_changed(usable, port)
+            )
 
     def _look_later(self, seconds: float) -> None:
         if self._look is None:
             self._look = self._loop.call_later(seconds, self._on_look)
 
     # ---- helpers ----
+
+    def _each(self, tell: Callable[[Follower], None]) -> None:
+        for follower in self._followers.values():
+            try:
+                tell(follower)
+            except Exception as error:  # one's fault is not the others'
+                self._bug(error, clock.now())
 
     def _watch(self, udp: UdpSocket) -> None:
         number = self._io.add_socket(udp.fileno())

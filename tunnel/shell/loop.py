@@ -17,7 +17,6 @@ import uvloop
 from tun.apply import apply
 from tun.errors import TunError
 from tun.linux import LinuxTun
-from tun.plan import plan
 from tunnel.config import Config, check_own_key
 from tunnel.control import BOOT_ID_LENGTH
 from tunnel.errors import LocalError
@@ -26,6 +25,8 @@ from tunnel.shell import clock, qlog, systemd
 from tunnel.shell.driver import Driver, Node
 from tunnel.shell.log import Log
 from tunnel.shell.netmon import Netlink
+from tunnel.shell.portmap import PortMapper
+from tunnel.shell.reload import Reloader, plan_of
 from tunnel.shell.status import ControlServer, ControlSocket
 
 NodeFactory = Callable[[Config, Identity, TextIO | None], Node]
@@ -71,8 +72,7 @@ async def _main(
 
         tun = LinuxTun.open(interface.name, interface.mtu)
         undo.callback(tun.close)
-        networks = [network for peer in config.peers for network in peer.allowed_ips]
-        applied = apply(plan(interface.name, interface.address, interface.mtu, networks))
+        applied = apply(plan_of(config))
         undo.callback(_undo_plan, applied.undo)
 
         try:
@@ -88,9 +88,22 @@ async def _main(
             listen_port=interface.listen_port or 0,
             peers=[peer.name for peer in config.peers],
             rendezvous=config.rendezvous,
+            reload=Reloader(config, identity.public_key, applied).take,
             strict=strict,
         )
         undo.callback(driver.close)
+        if config.ice.port_mapping:
+            secret = identity.derive(b"martlet port mapping", 32)
+            rng = random.SystemRandom()
+            mapper = PortMapper(loop, driver.ports_mapped, secret=secret, rng=rng)
+            driver.follow("port_mappings", mapper)
+        alone = {p.public_key.raw: p.name for p in config.peers if not p.endpoint}
+        if alone and config.rendezvous is None:
+            from tunnel.shell.mdns import LinkDiscovery  # which takes a while to be imported
+
+            own, rng = identity.public_key.raw, random.SystemRandom()
+            discovery = LinkDiscovery(loop, driver.endpoints_found, own=own, peers=alone, rng=rng)
+            driver.follow("link", discovery)
         driver.start()
 
         server = ControlServer(claimed, driver)

@@ -207,12 +207,12 @@ class Signaller:
         if not link.eager:
             link.subscribe(self._topics)
         serving = self._serving
-        if serving is not None and serving is not link and serving.accepted and not self._doubted:
-            self._let_go(link)  # the old one spoke first
-            return
         if serving is not link:
+            if serving is not None and serving.accepted and self._doubted is None:
+                self._let_go(link)  # the old one spoke first
+                return
             self._serve(link)
-        self._doubted, self._changed, self._patience = None, False, 1.0
+        self._patience = 1.0
         self._served_since = self._loop.time()
         self._error = None
         self._set_state()
@@ -246,13 +246,14 @@ class Signaller:
                 self._failures = 0
                 self._dial()
             else:
-                self._dial(delay=self._back_off())
+                self._dial(patient=True)
 
     # Connections
 
     def _serve(self, link: Link) -> None:
         """From now on this connection serves, in place of any other."""
         old, self._serving = self._serving, link
+        self._doubted, self._changed = None, False  # that was about the old one
         if old is not None:
             self._call(self._on_disconnected)
             self._let_go(old)
@@ -345,8 +346,8 @@ class Signaller:
 
     # Dialling
 
-    def _dial(self, *, delay: float = 0.0, anew: bool = False) -> None:
-        """See to it that a round is under way."""
+    def _dial(self, *, anew: bool = False, patient: bool = False) -> None:
+        """See to it that a round is under way; `patient`: it begins with a wait."""
         if self._closed:
             return
         if self._round is not None:
@@ -354,7 +355,9 @@ class Signaller:
                 return
             self._round.cancel()
         self._waiting = False
-        self._round = task = self._loop.create_task(self._keep_trying(delay))
+        self._round = task = self._loop.create_task(
+            self._keep_trying(self._back_off() if patient else 0.0)
+        )
         self._tasks.add(task)
         task.add_done_callback(self._round_ended)
 
@@ -363,8 +366,8 @@ class Signaller:
         if self._round is task:
             self._round = None
             self._waiting = False
-            if self._serving is None:
-                self._dial()
+            if self._serving is None:  # let in, and lost before this was called
+                self._dial(patient=True)
         if not task.cancelled() and (error := task.exception()) is not None:
             _log.error("internal error", exc_info=error)
 

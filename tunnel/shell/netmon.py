@@ -164,6 +164,7 @@ class Hop:
     index: int
     metric: int
     alive: bool
+    gateway: str = ""
 
 
 def select(
@@ -181,7 +182,7 @@ def select(
             if address.usable and address.index in names
         ),
         routes=tuple(
-            Route(hop.network, names[hop.index], hop.metric)
+            Route(hop.network, names[hop.index], hop.metric, hop.gateway)
             for hop in hops
             if hop.alive and hop.index in names
         ),
@@ -238,13 +239,21 @@ def _route(raw: bytes) -> tuple[Hop, ...]:
     if network.is_link_local or network.is_multicast:
         return ()  # every link has these; no peer is sought there
     metric = message.get_attr("RTA_PRIORITY") or 0
-    ways = [(message.get_attr("RTA_OIF"), message["flags"])]
-    ways += [(hop["oif"], hop["flags"]) for hop in message.get_attr("RTA_MULTIPATH") or ()]
+    ways = [(message.get_attr("RTA_OIF"), message["flags"], _gateway(message))]
+    ways += [
+        (hop["oif"], hop["flags"], _gateway(hop)) for hop in message.get_attr("RTA_MULTIPATH") or ()
+    ]
     return tuple(
-        Hop(network, index, metric, alive=not flags & (_RTNH_F_DEAD | _RTNH_F_LINKDOWN))
-        for index, flags in ways
+        Hop(network, index, metric, not flags & (_RTNH_F_DEAD | _RTNH_F_LINKDOWN), gateway)
+        for index, flags, gateway in ways
         if index is not None
     )
+
+
+def _gateway(way: Any) -> str:
+    """Of a route, or of one of its hops; one of the other family is in RTA_VIA."""
+    via = way.get_attr("RTA_VIA") or {}
+    return str(way.get_attr("RTA_GATEWAY") or via.get("addr") or "")
 
 
 def _decoded(kind: Callable[[bytes], Any], raw: bytes) -> Any:

@@ -68,6 +68,11 @@ class Resolver:
                 self._start(peer, endpoint, answer)
         self._report(peer)
 
+    def forget(self, peer: str) -> None:
+        """Nobody wants this peer any more."""
+        for answer in self._peers.pop(peer, {}).values():
+            answer.stop_retrying()
+
     def retry(self) -> None:
         """Try at once what has failed: the network changed, so perhaps DNS is back."""
         for peer, answers in self._peers.items():
