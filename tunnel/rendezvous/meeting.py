@@ -206,18 +206,12 @@ class Meeting:
         self._refresh_topics()
 
     def remove_peer(self, peer: bytes) -> None:
-        """One less. What it said last is not given any more."""
+        """It hears nothing more of us, whatever it says."""
         entry = self._peers.pop(peer)
         self._by_topic.pop(entry.incoming, None)
         self._events = deque(event for event in self._events if event.peer != peer)
         self._refresh_topics()
         self._refresh_timer()
-
-    def remove_peer(self, peer: bytes) -> None:
-        """It hears nothing more of us, whatever it says."""
-        entry = self._peers.pop(peer)
-        del self._by_topic[entry.incoming]
-        self._events = deque(event for event in self._events if event.peer != peer)
 
     # inputs
 
