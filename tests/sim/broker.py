@@ -60,6 +60,8 @@ class Link:
     will: tuple[str, bytes] | None = None
     skew: float = 0.0
     """Of the client's clock."""
+    look: Callable[[], None] = lambda: None
+    """Called after each input to the client, as the place to take its events."""
     connected: bool = False
     connections: int = 0
     sent: list[Publication] = field(default_factory=list)
@@ -100,6 +102,7 @@ class Link:
 
     def pump(self) -> None:
         """To be called after anything was done to the client directly."""
+        self.look()
         messages = self.client.messages_to_send(self.now)
         if self.connected:
             topics = self.client.topics()
@@ -184,10 +187,15 @@ class Broker:
         self._order = itertools.count()
 
     def attach(
-        self, client: Client, *, will: tuple[str, bytes] | None = None, skew: float = 0.0
+        self,
+        client: Client,
+        *,
+        will: tuple[str, bytes] | None = None,
+        skew: float = 0.0,
+        look: Callable[[], None] = lambda: None,
     ) -> Link:
-        """Connect a client; `will` is its last one."""
-        link = Link(self, client, will=will, skew=skew)
+        """Connect a client; `will` is its last one, and `look` is called after each input."""
+        link = Link(self, client, will, skew, look)
         self.links.append(link)
         link.connect()
         return link

@@ -48,6 +48,12 @@ def test_both_ends_know_the_same_topics() -> None:
         assert re.fullmatch(r"martlet/1/[a-z2-7]{26}", of_alice)
 
 
+def test_topics_stay_what_they_are() -> None:
+    """Two versions that derive them differently would never meet."""
+    topic = ALICE.topic(BOB.public, ALICE.public, b"offer")
+    assert topic == "martlet/1/bprxkqur67oxd2yrkklokkqqpe"
+
+
 def test_topics_differ_by_pair_and_sender_and_purpose() -> None:
     topics = {
         one.topic(other.public, sender.public, purpose)
