@@ -279,7 +279,9 @@ class Mosquitto:
                 break
             text = line.decode(errors="replace").strip()
             self._said = [*self._said, text][-20:]
-            tell = _log.warning if text.startswith(("Error", "Warning")) else _log.debug
+            # The gateway's Unix socket has no TCP_NODELAY, as it says for each connection.
+            serious = text.startswith(("Error", "Warning")) and "TCP_NODELAY" not in text
+            tell = _log.warning if serious else _log.debug
             tell("mosquitto", says=text)
         await self._process.wait()
 
