@@ -87,6 +87,9 @@ def status(status: dict[str, Any]) -> RenderableType:
     parts: list[RenderableType] = [_headline(status.get("interface")), Text(), peers]
     if paths.row_count:
         parts += [Text(), paths]
+    relays = [_relay(relay) for relay in status.get("relays") or []]
+    if relays:
+        parts += [Text(), *relays]
     if copies:
         parts += [Text(), *copies]
     engine = status.get("engine") or {}
@@ -94,6 +97,18 @@ def status(status: dict[str, Any]) -> RenderableType:
         line = f"sealed by {engine['libcrypto']}"
         parts += [Text(), Text("; ".join(filter(None, (line, engine.get("advice")))), style="dim")]
     return Group(*parts)
+
+
+def _relay(relay: dict[str, Any]) -> Text:
+    """A TURN server, how it is reached, and what came of it."""
+    server = f"relay {relay.get('server', '?')}"
+    if relay.get("transport"):
+        server += f" over {relay['transport']} from {relay.get('local')}"
+    state = str(relay.get("state", "?"))
+    if relay.get("address"):
+        return Text(f"{server}: {relay['address']}")
+    told = relay.get("error") or state
+    return Text(f"{server}: {told}", style="red" if state == "failed" else "dim")
 
 
 def _role(path: dict[str, Any]) -> str:
