@@ -81,12 +81,12 @@ class Gatherer:
 
     def bases_changed(self, network: LocalNetwork, bases: Sequence[Base], now: float) -> None:
         """A full snapshot, as the agent's."""
-        for base in bases:
+        for base in bases:  # a relay has no socket that a server could be asked from
             known = self._bases.get(base.address)
             if known is not None and known.interface != base.interface:
                 self._forget(base.address)
         self._network = network
-        self._bases = {base.address: base for base in bases}
+        self._bases = {base.address: base for base in bases if not base.relay}
         self._rebuild(now)
 
     def busy(self, busy: bool) -> None:

@@ -37,6 +37,10 @@ _SIGNATURE = 64
 _SEAL = 48  # an ephemeral key and an authenticator
 
 
+MAX_BODY = MAX_MESSAGE - _SEAL - _SIGNATURE - 2
+"""Bytes that can be sealed."""
+
+
 class Speaker:
     """This host's private key, as the rendezvous uses it."""
 

@@ -89,6 +89,7 @@ async def _main(
             peers=[peer.name for peer in config.peers],
             rendezvous=config.rendezvous,
             reload=Reloader(config, identity.public_key, applied).take,
+            turn=config.ice.turn,
             strict=strict,
         )
         undo.callback(driver.close)
