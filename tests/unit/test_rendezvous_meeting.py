@@ -225,6 +225,44 @@ def test_who_is_not_wanted_any_more_is_not_asked() -> None:
     assert a.messages_to_send(NOW + 1000.0) == []
 
 
+def test_a_word_that_is_late_is_answered_though_it_does_not_ask() -> None:
+    """Its sender believes that all is said; we do not know it for certain."""
+    _, b = met()
+    late = spoken(ALICE, BOB, boot=1, sequence=100, wanted=False)
+    assert len(answers(b, late)) == 1
+    assert not offered(b)[-1].fresh
+
+
+def test_the_answer_to_an_earlier_round_does_not_end_this_one() -> None:
+    """It is fresh all the same; but it was given before the peer had our news."""
+    a, b = alice(), bob()
+    (early,) = answers(b, ask(a, key_of(BOB)))
+    a.tell(key_of(BOB), offer(2), NOW)
+    (news,) = a.messages_to_send(NOW)
+    again = a.get_timer()
+    a.receive(*early, NOW)
+    assert offered(a)[-1].fresh
+    a.messages_to_send(NOW)
+    assert a.get_timer() == again
+    for message in answers(b, news):
+        answers(a, message)
+    assert (a.get_timer() or 0.0) > (again or 0.0)
+
+
+def test_what_was_asked_before_the_broker_went_is_not_answered_after() -> None:
+    a, b = alice(), bob()
+    b.receive(*ask(a, key_of(BOB)), NOW)
+    b.disconnected(NOW)
+    b.connected(NOW)
+    assert b.messages_to_send(NOW) == []
+
+
+def test_news_is_not_for_who_is_not_wanted_any_more() -> None:
+    a, _ = met()
+    a.tell(key_of(BOB), offer(2), NOW)
+    assert a.messages_to_send(NOW) == []
+
+
 # who the peers are
 
 
@@ -411,6 +449,15 @@ def test_recordings_of_other_processes_take_nothing_from_the_one_that_is_there()
     echoes = [word_of(ALICE, BOB, each).echo for each in answers(b, question, NOW + 3.0)]
     assert word_of(BOB, ALICE, question).nonce in echoes
     assert len(offered(b)) == 1
+
+
+def test_recordings_do_not_put_our_questions_off() -> None:
+    a, _ = met()
+    ask(a, key_of(BOB))
+    due = a.get_timer()
+    for n in range(3):
+        assert answers(a, spoken(BOB, ALICE, boot=100 + n))
+    assert a.get_timer() == due
 
 
 def test_recordings_are_worth_little_to_who_knows_nothing_yet() -> None:
