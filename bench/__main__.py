@@ -18,6 +18,7 @@ MEASUREMENTS = {
     "roam": ("roam", "how long traffic is silent when an end moves"),
     "nat": ("nat", "how any two kinds of NAT meet, and how long that takes"),
     "stability": ("stability", "moves that nobody needs, on a path that loses and jitters"),
+    "rendezvous": ("rendezvous", "how fast many pairs meet, and what a host costs the broker"),
     "drills": ("drills", "random events, one after the other; does everything flow again?"),
 }
 

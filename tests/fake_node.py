@@ -11,6 +11,7 @@ from tunnel.config import IPInterface, PeerConfig
 from tunnel.datapath.engine import Connection, Datapath, Path
 from tunnel.datapath.native.engine import CIPHERS, Report
 from tunnel.events import NodeEvent
+from tunnel.ice.candidate import Relay
 from tunnel.path.network import Address, LocalNetwork, PathKey
 
 
@@ -81,6 +82,11 @@ class FakeNode:
 
     def port_opened(self, local: Address, now: float) -> None:
         self.calls.append(("port_opened", local))
+
+    def relays_changed(self, relays: tuple[Relay, ...], now: float) -> None:
+        self.calls.append(("relays_changed", relays))
+        for key, path in self.paths.items():
+            self.datapath.aim(path, key)
 
     def endpoints_resolved(self, peer: str, addresses: list[Address], now: float) -> None:
         self.calls.append(("endpoints_resolved", peer, addresses))

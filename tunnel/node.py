@@ -20,7 +20,7 @@ from tunnel.control import PROTOCOL_VERSION, ApplicationError, Hello
 from tunnel.datapath.engine import Connection, Datapath
 from tunnel.events import NodeEvent, PeerRefused, PortUnwanted, ResolveWanted
 from tunnel.ice.agent import Agent
-from tunnel.ice.candidate import Base
+from tunnel.ice.candidate import MAX_RANK, Base, Relay
 from tunnel.ice.check import looks_like_stun, username_of
 from tunnel.ice.gather import Gatherer
 from tunnel.identity import Identity
@@ -40,7 +40,7 @@ from tunnel.quic.connection import PeerConnection
 from tunnel.quic.control_stream import CidIssued, CidRetired, Ended, Said, Session
 from tunnel.quic.logging import StreamLogger
 from tunnel.rendezvous.meeting import Meeting, Offered
-from tunnel.roaming import Surroundings
+from tunnel.surroundings import Surroundings
 
 STRANGER_PATIENCE = 5.0
 """Seconds until a handshake that somebody began with us must have shown its Hello."""
@@ -87,6 +87,7 @@ class Node:
         self.datapath = Datapath(peer.allowed_ips for peer in config.peers)
         self._ledger = Ledger()
         self._surroundings = Surroundings(LocalNetwork(), 0)
+        self._relays: tuple[Relay, ...] = ()
         self._extra: dict[Address, float] = {}  # further local ports, and when each was in use last
         self._by_cid: dict[bytes, Session] = {}
         self._owners: dict[Session, Peer | None] = {}
@@ -163,8 +164,6 @@ class Node:
         peer = self._peer(config, owner, ())
         self.peers[config.name] = self._by_key[config.public_key.raw] = peer
         self._forbid()
-        if self.meeting is not None:
-            self.meeting.add_peer(config.public_key.raw)
         if self._started:
             peer.network_changed(self._surroundings, now)
             peer.roaming.agent.reflexive_changed(self._gatherer.mapped(), now)
@@ -232,9 +231,7 @@ class Node:
         bases = self._bases(network, port)
         self._surroundings = Surroundings(network, port, bases)
         self._gatherer.bases_changed(network, bases, now)
-        for session in self._owners:
-            for path in session.connection.paths():
-                self.datapath.aim(path.metrics, path.addr)  # sockets came and went
+        self._aim()
         for peer in self.peers.values():
             peer.network_changed(self._surroundings, now)
             if not self._started:
@@ -247,7 +244,13 @@ class Node:
     def port_opened(self, local: Address, now: float) -> None:
         """The answer to PortWanted: there is a socket on this address and port, too."""
         self._extra[local] = now
-        self._ports_changed(now)
+        self._sockets_changed(now)
+
+    def relays_changed(self, relays: tuple[Relay, ...], now: float) -> None:
+        """These are all addresses that TURN servers relay to us; `network_changed` comes before the
+        first."""
+        self._relays = relays
+        self._sockets_changed(now)
 
     def endpoints_resolved(self, peer: str, addresses: list[Address], now: float) -> None:
         if peer == STUN_SERVERS:
@@ -422,16 +425,32 @@ class Node:
             ports += [extra.port for extra in self._extra if extra.host == local.ip]
             spared = any(fnmatchcase(local.interface, pattern) for pattern in metered)
             found += [
-                Base(Address(local.ip, each), local.interface, spared, min(ranks[local], 255))
+                Base(Address(local.ip, each), local.interface, spared, min(ranks[local], MAX_RANK))
                 for each in ports
             ]
+            found += [
+                Base(
+                    relay.address, local.interface, spared, min(ranks[local], MAX_RANK),
+                    relay=True, via=local.ip,
+                )
+                for relay in self._relays
+                if (relay.ip, relay.interface) == (local.ip, local.interface)
+            ]  # fmt: skip
         return tuple(found)
 
-    def _ports_changed(self, now: float) -> None:
+    def _sockets_changed(self, now: float) -> None:
+        """There are more or fewer sockets, or relays, on the same addresses."""
         network, port = self._surroundings.network, self._surroundings.port
         self._surroundings = Surroundings(network, port, self._bases(network, port))
+        self._aim()
         for peer in self.peers.values():
-            peer.roaming.ports_changed(self._surroundings, now)
+            peer.sockets_changed(self._surroundings, now)
+
+    def _aim(self) -> None:
+        """Sockets came and went."""
+        for session in self._owners:
+            for path in session.connection.paths():
+                self.datapath.aim(path.metrics, path.addr)
 
     def _ports_expire_at(self) -> float | None:
         """When the first further port that nobody uses is given back."""
@@ -448,7 +467,7 @@ class Node:
             if local not in used and now >= used_at + PORT_TRIAL:
                 del self._extra[local]
                 self._events.append(PortUnwanted(local))
-        self._ports_changed(now)
+        self._sockets_changed(now)
 
     def _receive_stun(self, data: bytes, path: PathKey, now: float) -> None:
         """A check of a peer, an answer to one of ours, or of a server; from strangers: silence."""

@@ -49,7 +49,8 @@ from tunnel.path.network import Address, PathKey
 from tunnel.quic.control_stream import Ended, Greeted, Said, Session
 from tunnel.rendezvous.meeting import Offered
 from tunnel.rendezvous.messages import Offer
-from tunnel.roaming import Roaming, Surroundings
+from tunnel.roaming import Roaming
+from tunnel.surroundings import Surroundings
 
 REFUSED_BACKOFF = 5.0
 """Seconds until a peer that turned us away is tried again: somebody must edit a file first."""
@@ -137,10 +138,15 @@ class Peer:
 
     def network_changed(self, surroundings: Surroundings, now: float) -> None:
         """A full snapshot of what this host can send from."""
-        self.dialler.network_changed(surroundings.network, surroundings.port, now)
+        self.dialler.network_changed(surroundings, now)
         if self.session is None:
             self.dialler.hurry(now)
         self.roaming.network_changed(surroundings, now)
+
+    def sockets_changed(self, surroundings: Surroundings, now: float) -> None:
+        """There are more or fewer sockets, or relays, on the same addresses."""
+        self.dialler.network_changed(surroundings, now)
+        self.roaming.sockets_changed(surroundings, now)
 
     def endpoints_resolved(self, addresses: list[Address], now: float) -> None:
         self.dialler.endpoints_resolved(addresses, now)

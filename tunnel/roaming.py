@@ -29,7 +29,7 @@ from tunnel.config import Redundancy
 from tunnel.control import Candidates, Observed
 from tunnel.events import NodeEvent, PortWanted
 from tunnel.ice.agent import Agent
-from tunnel.ice.candidate import Base, Kind, entry_of
+from tunnel.ice.candidate import Kind, entry_of
 from tunnel.ice.events import CandidatesChanged, PairAnswered, PairDown, PairUp
 from tunnel.ice.pair import PairState
 from tunnel.ledger import Ledger, Trigger
@@ -47,6 +47,7 @@ from tunnel.path.selector import (
 from tunnel.path.suspicion import Suspicion
 from tunnel.quic.control_stream import Session
 from tunnel.quic.events import MoveContested, PathFailed, PathRefused, PathValidated, PeerMoved
+from tunnel.surroundings import Surroundings
 
 REASK_INTERVAL = 0.3
 REASK_LIMIT = 2.0
@@ -61,16 +62,6 @@ TOLD_MEMORY = 5.0
 """Seconds after a change of the kernel's routes in which what they prefer now counts as news."""
 QUIET = 3.0
 """Seconds without traffic after which a peer is idle, and its paths are asked less often."""
-
-
-@dataclass(frozen=True, slots=True)
-class Surroundings:
-    """What a peer knows of its host; one object, shared by all peers of a node."""
-
-    network: LocalNetwork
-    port: int
-    bases: tuple[Base, ...] = ()
-    """The sockets on its addresses."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,13 +179,9 @@ class Roaming:
         if session is None:
             return
         connection, active = session.connection, session.active
-        usable = {address.ip for address in surroundings.network.addresses}
-        for path in connection.paths():
-            if path.addr.local.host not in usable and path is not connection.active:
-                connection.leave(path.addr)
-        sources = surroundings.network.sources(active.remote.host)
+        self._leave_lost(session)
         self._take_events(now)
-        if any(address.ip == active.local.host for address in sources):
+        if surroundings.carries(active):
             self._pathless_since = None
             connection.path_event(now)
             self._revive(now)
@@ -206,11 +193,25 @@ class Roaming:
         self.agent.check_now(now)
         self._arrange(now)
 
-    def ports_changed(self, surroundings: Surroundings, now: float) -> None:
-        """There are more or fewer sockets on the same addresses."""
+    def sockets_changed(self, surroundings: Surroundings, now: float) -> None:
+        """There are more or fewer sockets, or relays, on the same addresses."""
         self.surroundings = surroundings
         self.agent.bases_changed(surroundings.network, surroundings.bases, now)
+        session = self._open
+        if session is None:
+            return
+        self._leave_lost(session)
         self._take_events(now)
+        if self._pathless_since is None and not surroundings.carries(session.active):
+            self._flee(session, now)
+            self._arrange(now)
+
+    def _leave_lost(self, session: Session) -> None:
+        """Paths from where we cannot send any more."""
+        connection = session.connection
+        for path in connection.paths():
+            if path is not connection.active and not self.surroundings.has(path.addr.local):
+                connection.leave(path.addr)
 
     def resumed(self, now: float) -> None:
         """The host or the process slept: whatever was known about paths is old."""
@@ -322,8 +323,7 @@ class Roaming:
         """The address that the active path sends from is gone, or has no route any more."""
         connection, active = session.connection, session.active
         network, port = self.surroundings.network, self.surroundings.port
-        usable = {address.ip for address in network.addresses}
-        ordered = [p for p in order(self.facts(now)) if p.key.local.host in usable]
+        ordered = [p for p in order(self.facts(now)) if self.surroundings.has(p.key.local)]
         warm = [path.key for path in ordered if path.warm and path.key != active]
         target = warm[0] if warm else best_from(network, port, self._remotes(session))
         if target is None:
@@ -331,9 +331,11 @@ class Roaming:
             connection.path_event(now)
             self._hold(now)
             return
-        left = self._interface_of.get(active.local.host, "its interface")
+        left = self._interface_of.get(active.local.host)
         if self._pathless_since is not None and now > self._pathless_since + PAUSE:
             trigger, reason = Trigger.NO_PATH, "it is the first path after a time without any"
+        elif left is None:
+            trigger, reason = Trigger.ADDRESS_GONE, f"the relay {active.local} is gone"
         elif any(a.interface == left for a in network.addresses):
             trigger, reason = Trigger.ADDRESS_GONE, f"{active.local.host} is gone from {left}"
         else:
@@ -391,6 +393,7 @@ class Roaming:
                 pair.key,
                 warm=pair.state is PairState.WARM,
                 relayed=pair.kind is Kind.RELAY,
+                source=pair.source,
                 metered=pair.metered,
                 rank=rank,
                 rtt=pair.rtt,
@@ -414,6 +417,9 @@ class Roaming:
     def _rank(self, key: PathKey) -> int:
         """Equal routes, equal ranks, as the peer is told: ends that do not rank alike would each
         move the other away from the path it prefers."""
+        relay = self.surroundings.relay(key.local)
+        if relay is not None:
+            return relay.rank
         places = self.surroundings.network.places(key.remote.host)
         return places.get(key.local.host, len(places))
 

@@ -278,3 +278,33 @@ def test_an_endpoint_or_a_broker_makes_it_silent(tmp_path: Path, stack: ExitStac
         lan.a.log.unlink()
     terminate([capture])
     assert b"_martlet" not in seen.read_bytes()
+
+
+def test_a_peer_that_is_added_live_is_found_as_well(tmp_path: Path, stack: ExitStack) -> None:
+    """Nothing was sought on the link before."""
+    lan = Lan(tmp_path, stack)
+    whole = lan.a.config.read_text()
+    nobody = Identity.generate().public_key.openssh
+    head, _, _ = whole.partition("[[peer]]")
+    other = f"""
+[[peer]]
+name = "nobody"
+public_key = "{nobody}"
+endpoint = "192.0.2.99:4117"
+allowed_ips = ["10.88.0.9/32"]
+"""
+    lan.a.config.write_text(head + other)
+    for host in lan.hosts:
+        host.up()
+    time.sleep(1)
+    assert "link" not in json.loads(lan.a.martlet("status", "--json").stdout)
+    lan.a.config.write_text(whole + other)
+    assert "peer other is added" in lan.a.martlet("reload", "mt0").stderr
+    until(
+        lambda: lan.a.martlet("ping", "other", "-c", "1").returncode == 0,
+        lambda: lan.a.log.read_text() + lan.b.log.read_text(),
+        30,
+    )
+    status = json.loads(lan.a.martlet("status", "--json").stdout)
+    assert status["link"][0]["peers"] == ["other"]
+    assert status["counters"]["internal_errors"] == 0

@@ -22,7 +22,7 @@ from tunnel.shell import mdns
 from tunnel.shell.mdns import MAX_SERVICES, SERVICE, LinkDiscovery
 
 RNG = random.Random(1)
-A, B, C = (RNG.randbytes(32) for _ in range(3))
+A, B, C, D = (RNG.randbytes(32) for _ in range(4))
 ETH, WIFI = LocalAddress("192.0.2.1", "eth0"), LocalAddress("198.51.100.1", "wlan0")
 
 
@@ -289,6 +289,30 @@ def test_a_resumed_host_asks_anew(zeroconf: type[FakeZeroconf]) -> None:
         world.discovery.resumed()
         await world.turn()
         assert [made.closed for made in zeroconf.made] == [True, False]
+
+    run(test)
+
+
+def test_peers_may_come_and_go(zeroconf: type[FakeZeroconf]) -> None:
+    async def test(world: World) -> None:
+        await world.go(ETH)
+        world.discovery.peers_changed({B: "b", C: "c"})
+        await world.turn()
+        assert len(zeroconf.made) == 1
+        world.discovery.peers_changed({D: "d", C: "c"})
+        await world.turn()
+        assert [made.closed for made in zeroconf.made] == [True, False]
+        station = zeroconf.made[1]
+        await world.announce(station, "gone", "192.0.2.7", by=B)
+        await world.announce(station, "new", "192.0.2.8", by=D)
+        assert world.told == [("d", [Address("192.0.2.8", 9)])]
+        world.discovery.peers_changed({})
+        await world.turn()
+        assert [made.closed for made in zeroconf.made] == [True, True]
+        assert world.discovery.status() == []
+        world.discovery.peers_changed({D: "d"})
+        await world.turn()
+        assert len(zeroconf.made) == 3
 
     run(test)
 

@@ -13,7 +13,7 @@ from tests.unit.test_config_change import HOME, INTERFACE, KEYS, OFFICE
 from tun.apply import Applied
 from tun.errors import TunError
 from tun.plan import AddRoute, Step
-from tunnel.config import load
+from tunnel.config import Config, load
 from tunnel.errors import ConfigError, LocalError
 from tunnel.identity import PublicKey
 from tunnel.shell.reload import Reloader, plan_of
@@ -26,6 +26,7 @@ class Kernel:
 
     def __init__(self) -> None:
         self.steps: list[tuple[Step, ...]] = []
+        self.configs: list[Config] = []
         self.failure: Exception | None = None
 
     def change(self, steps: Iterable[Step]) -> None:
@@ -35,7 +36,7 @@ class Kernel:
 
 
 def reloader(file: Path, kernel: Kernel) -> Reloader:
-    return Reloader(load(file), OWN, cast(Applied, kernel))
+    return Reloader(load(file), OWN, cast(Applied, kernel), kernel.configs.append)
 
 
 def test_only_what_is_new_is_told(tmp_path: Path) -> None:
@@ -48,6 +49,7 @@ def test_only_what_is_new_is_told(tmp_path: Path) -> None:
     file.write_text(INTERFACE + OFFICE + HOME.replace("10.88.0.3/32", "10.99.0.0/16"))
     assert [peer.name for peer in live.take().added] == ["home"]
     assert kernel.steps == [plan_of(load(file))]
+    assert kernel.configs == [load(file)]
     assert [str(s.network) for s in kernel.steps[0] if isinstance(s, AddRoute)] == ["10.99.0.0/16"]
     assert not live.take()
 
@@ -80,7 +82,7 @@ def test_what_cannot_be_is_left_alone(tmp_path: Path) -> None:
     kernel.failure = TunError("conflict", "there is a route already")
     with pytest.raises(TunError):
         live.take()
-    assert kernel.steps == []
+    assert not kernel.steps and not kernel.configs
     kernel.failure = None
     assert live.take().added  # it was not forgotten
     file.unlink()
@@ -93,4 +95,4 @@ def test_without_a_file(tmp_path: Path) -> None:
     file.write_text(INTERFACE + OFFICE)
     config = msgspec.structs.replace(load(file), file=None)
     with pytest.raises(LocalError, match="not started from a file"):
-        Reloader(config, OWN, cast(Applied, Kernel())).take()
+        Reloader(config, OWN, cast(Applied, Kernel()), print).take()

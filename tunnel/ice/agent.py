@@ -5,7 +5,7 @@ sockets with each address of the peer, asks on the pairs (`tunnel.ice.check`), a
 peer asks. Which pair carries the traffic is decided elsewhere, and QUIC judges it.
 
 - New pairs are asked at once, the first 8 in a burst, the rest 5 ms apart: those that must stay
-  warm first, then by the ranks of both ends, then by kind.
+  warm first, the relayed last, between them by the ranks of both ends, then by kind.
 - An authentic question from the peer makes its address a candidate, and is asked back at once
   unless the pair is warm: both ends know a pair after 1.5 round trips of the first question. It
   validates nothing: only an answer does, on the very pair the question went out on.
@@ -36,7 +36,15 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from tunnel.config import IPNetwork
 from tunnel.ice import check
-from tunnel.ice.candidate import Base, Candidate, Kind, priority, rank_in, usable_candidate
+from tunnel.ice.candidate import (
+    Base,
+    Candidate,
+    Kind,
+    kind_in,
+    priority,
+    rank_in,
+    usable_candidate,
+)
 from tunnel.ice.check import Credentials, Freshness, Heard
 from tunnel.ice.checklist import CheckList
 from tunnel.ice.events import AgentEvent, CandidatesChanged, CheckReceived
@@ -269,7 +277,9 @@ class Agent:
         self._allowance = None
         if path not in self._list.pairs and path.local in self._bases:
             rank, metered = rank_in(asked)
-            self._remotes.see(path.remote, rank, metered, self._list.standing(), now)
+            self._remotes.see(
+                path.remote, rank, metered, self._list.standing(), now, kind=kind_in(asked)
+            )
             self._list.rebuild(heard=path)
         pair = self._list.pairs.get(path)
         if pair is None or pair.answers.take(now):
@@ -362,7 +372,8 @@ class Agent:
             if not self._allowance:
                 return
             self._allowance -= 1
-        wanted = priority(Kind.PRFLX, pair.base.rank, pair.base.metered)
+        kind = Kind.RELAY if pair.base.relay else Kind.PRFLX
+        wanted = priority(kind, pair.base.rank, pair.base.metered)
         self.counters["checks_sent"] += 1
         self._send(pair.key, check.request(credentials, transaction, wanted))
 

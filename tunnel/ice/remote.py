@@ -142,11 +142,18 @@ class Remotes:
             known.configured |= configured
 
     def see(
-        self, address: Address, rank: int, metered: bool, standing: Standing, now: float
+        self,
+        address: Address,
+        rank: int,
+        metered: bool,
+        standing: Standing,
+        now: float,
+        *,
+        kind: Kind = Kind.PRFLX,
     ) -> None:
         """An authentic check of the peer came from there."""
         if usable_candidate(address, self._forbidden):
-            self._admit(Candidate(address, Kind.PRFLX, rank, metered), 0, standing, now)
+            self._admit(Candidate(address, kind, rank, metered), 0, standing, now)
 
     def forget(self, address: Address) -> None:
         remote = self._known.pop(address, None)

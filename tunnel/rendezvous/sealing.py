@@ -70,7 +70,7 @@ class Speaker:
 
     def unseal(self, data: bytes) -> tuple[bytes, bytes] | None:
         """Signature and body of what is sealed to us, by whomever; None if it is not."""
-        if not _SEAL + _SIGNATURE + 2 <= len(data) <= MAX_MESSAGE:
+        if not data or len(data) > MAX_MESSAGE or len(data) % BLOCK:
             return None
         try:
             plain = SealedBox(self._boxing).decrypt(data)

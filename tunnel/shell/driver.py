@@ -23,7 +23,7 @@ from typing import Any, Protocol
 from tun.device import TunDevice
 from tun.errors import TunError
 from tun.linux import read_failure
-from tunnel.config import IPInterface, PeerConfig, RendezvousConfig
+from tunnel.config import IPInterface, PeerConfig, RendezvousConfig, TurnConfig
 from tunnel.config_change import Change
 from tunnel.datapath.engine import Connection, Datapath, Path
 from tunnel.errors import LocalError
@@ -41,6 +41,7 @@ from tunnel.events import (
     PortWanted,
     ResolveWanted,
 )
+from tunnel.ice.candidate import Relay
 from tunnel.path.network import Address, LocalNetwork, PathKey
 from tunnel.rendezvous.meeting import Meeting
 from tunnel.shell import clock, crypto
@@ -49,6 +50,7 @@ from tunnel.shell.clock import HEARTBEAT, Alarm, JumpDetector
 from tunnel.shell.log import Log
 from tunnel.shell.mqtt import Signaller
 from tunnel.shell.netmon import NetworkMonitor
+from tunnel.shell.relay import Relays
 from tunnel.shell.resolver import Resolver
 from tunnel.shell.udp import UdpSocket, UdpSockets, pack, unpack
 
@@ -87,6 +89,7 @@ class Node(Protocol):
     def receive_datagram(self, data: bytes, path: PathKey, now: float) -> None: ...
     def network_changed(self, network: LocalNetwork, port: int, now: float) -> None: ...
     def port_opened(self, local: Address, now: float) -> None: ...
+    def relays_changed(self, relays: tuple[Relay, ...], now: float) -> None: ...
     def endpoints_resolved(self, peer: str, addresses: list[Address], now: float) -> None: ...
     def mapped_ports_changed(self, mapped: dict[Address, Address], now: float) -> None: ...
     def endpoints_found(self, peer: str, addresses: list[Address], now: float) -> None: ...
@@ -154,6 +157,7 @@ class Driver:
         peers: list[str],
         rendezvous: RendezvousConfig | None = None,
         reload: Callable[[], Change] | None = None,
+        turn: Sequence[TurnConfig] = (),
         strict: bool = False,
     ) -> None:
         self._loop = asyncio.get_running_loop()
@@ -169,6 +173,13 @@ class Driver:
         self._numbers: dict[Address, int] = {}  # the engine's, of our sockets
         self._locals: dict[int, Address] = {}
         self._sockets = UdpSockets(listen_port, self._watch, self._unwatch)
+        self._relays = Relays(
+            turn,
+            changed=self._on_relays,
+            opened=self._watch,
+            closing=self._unwatch,
+            received=self._on_relayed,
+        )
         self._resolver = Resolver(self._loop, self._resolved)
         self._signaller: Signaller | None = None
         if rendezvous is not None and node.meeting is not None:
@@ -199,8 +210,10 @@ class Driver:
     # ---- life ----
 
     def follow(self, name: str, follower: Follower) -> None:
-        """Have this follow the network, too, before the start; `name` is its key in the status."""
+        """Have this follow the network, too; `name` is its key in the status."""
         self._followers[name] = follower
+        if self._told is not None:  # what comes late learns how it is
+            follower.network_changed(self._told, self._sockets.port)
 
     def start(self) -> None:
         """Look at the network and begin. Raises LocalError (port in use), OSError."""
@@ -245,6 +258,7 @@ class Driver:
         self._loop.remove_reader(self._io.fileno())
         self._loop.remove_reader(self._monitor.fileno())
         self._loop.remove_reader(self._alarm.fileno())
+        self._relays.close()
         self._sockets.close()
         self._io.close()
         self._alarm.close()
@@ -263,12 +277,14 @@ class Driver:
         if self._signaller is not None:
             status["rendezvous"] = {**status.get("rendezvous", {}), **self._signaller.status()}
         status |= {name: follower.status() for name, follower in self._followers.items()}
+        status["relays"] = self._relays.status()
         engine = {} if self._stopped.done() else self._io.counters  # it goes with close()
         status["counters"] = {
             **status.get("counters", {}),
             **engine,
             "control_dropped": self._sockets.dropped,
             "control_refused": self._sockets.refused,
+            "relay_dropped": self._relays.dropped,
             "internal_errors": self._bugs,
         }
         return status
@@ -347,8 +363,9 @@ class Driver:
             return
         # Looked up now: the sockets, and with them the numbers, may change before the node is fed.
         raw = [
-            (data, PathKey(self._locals[number], unpack(sockaddr)))
+            (data, path)
             for number, sockaddr, data in self._io.take_raw()
+            if (path := self._path(self._locals[number], unpack(sockaddr))) is not None
         ]
         now = clock.now()
         # An overdue alarm may mean that the process slept, which the node is to hear first.
@@ -374,6 +391,12 @@ class Driver:
                 self._node.receive_datagram(data, path, now)
             except Exception as error:  # one datagram's fault is not the others'
                 self._bug(error, now)
+
+    def _on_relayed(self, raw: list[tuple[bytes, PathKey]]) -> None:
+        self._turn(lambda now: self._receive(raw, now))
+
+    def _on_relays(self, relays: tuple[Relay, ...]) -> None:
+        self._turn(lambda now: self._node.relays_changed(relays, now))
 
     def _on_alarm(self) -> None:
         def feed(now: float) -> None:
@@ -419,6 +442,7 @@ class Driver:
                 self._alarm.arm(inf)  # its deadline is old news; _flush() sets a new one
                 self._heartbeat = -inf
                 self._look_at_network(now)  # a wake-up is a network change
+                self._relays.resumed()
                 self._node.resumed(now)
                 if self._signaller is not None:
                     self._signaller.network_changed()
@@ -458,7 +482,7 @@ class Driver:
         node = self._node
         for _ in range(SEND_ROUNDS):
             self._engine_events(now)
-            failures = self._sockets.send(node.datagrams_to_send(now))
+            failures = self._send(node.datagrams_to_send(now))
             for path, error in failures:
                 _log.debug("send failed", path=path, error=os.strerror(error))
                 node.send_failed(path, error, now)
@@ -472,6 +496,20 @@ class Driver:
                 self._signaller.publish(topic, payload)
         while (event := node.next_event()) is not None:
             self._on_event(event)
+
+    def _send(self, datagrams: list[tuple[PathKey, bytes]]) -> list[tuple[PathKey, int]]:
+        """Send them, each by a socket or a relay; the paths that failed, with the errno."""
+        relayed = [(path, data) for path, data in datagrams if self._relays.owns(path.local)]
+        if not relayed:
+            return self._sockets.send(datagrams)
+        failures = self._sockets.send(
+            [(path, data) for path, data in datagrams if not self._relays.owns(path.local)]
+        )
+        for path, data in relayed:
+            error = self._relays.send(path, data)
+            if error and path not in dict(failures):
+                failures.append((path, error))
+        return failures
 
     def _on_event(self, event: NodeEvent) -> None:
         match event:
@@ -539,6 +577,7 @@ class Driver:
         self._network = network
         if usable != self._told:
             self._told = usable
+            self._relays.network_changed(usable)
             self._node.network_changed(usable, self._sockets.port, now)
             self._loop.call_soon(self._resolver.retry)
             if self._signaller is not None:
@@ -577,7 +616,18 @@ class Driver:
             self._turn(lambda now: self._node.port_opened(local, now))
 
     def _aim(self, path: Path, key: PathKey) -> None:
-        path.aim(self._numbers.get(key.local, NO_SOCKET), pack(key.remote))
+        local, remote = key
+        relayed = self._relays.socket_of(key)
+        if relayed is not None:
+            udp, remote = relayed
+            local = udp.local
+        path.aim(self._numbers.get(local, NO_SOCKET), pack(remote))
+
+    def _path(self, local: Address, remote: Address) -> PathKey | None:
+        """The path of what came in at a socket from there; None if nobody sends there but us."""
+        if self._relays.serves(local):
+            return self._relays.path_of(local, remote)
+        return PathKey(local, remote)
 
     def _serve_bench(self, wanted: BenchWanted) -> None:
         if self._stopped.done() or self._closing is not None:

@@ -10,7 +10,7 @@ import signal
 import time
 from collections.abc import Callable, Coroutine
 from contextlib import ExitStack
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import uvloop
 
@@ -28,6 +28,9 @@ from tunnel.shell.netmon import Netlink
 from tunnel.shell.portmap import PortMapper
 from tunnel.shell.reload import Reloader, plan_of
 from tunnel.shell.status import ControlServer, ControlSocket
+
+if TYPE_CHECKING:
+    from tunnel.shell.mdns import LinkDiscovery
 
 NodeFactory = Callable[[Config, Identity, TextIO | None], Node]
 """Makes the node; the text stream is the TLS key log."""
@@ -88,7 +91,8 @@ async def _main(
             listen_port=interface.listen_port or 0,
             peers=[peer.name for peer in config.peers],
             rendezvous=config.rendezvous,
-            reload=Reloader(config, identity.public_key, applied).take,
+            reload=Reloader(config, identity.public_key, applied, lambda now: seek(now)).take,
+            turn=config.ice.turn,
             strict=strict,
         )
         undo.callback(driver.close)
@@ -97,13 +101,8 @@ async def _main(
             rng = random.SystemRandom()
             mapper = PortMapper(loop, driver.ports_mapped, secret=secret, rng=rng)
             driver.follow("port_mappings", mapper)
-        alone = {p.public_key.raw: p.name for p in config.peers if not p.endpoint}
-        if alone and config.rendezvous is None:
-            from tunnel.shell.mdns import LinkDiscovery  # which takes a while to be imported
-
-            own, rng = identity.public_key.raw, random.SystemRandom()
-            discovery = LinkDiscovery(loop, driver.endpoints_found, own=own, peers=alone, rng=rng)
-            driver.follow("link", discovery)
+        seek = _seeker(driver, loop, identity.public_key.raw)
+        seek(config)
         driver.start()
 
         server = ControlServer(claimed, driver)
@@ -140,6 +139,29 @@ def _make_node(config: Config, identity: Identity, keylog: TextIO | None) -> Nod
         keylog=keylog,
         quic_logger=qlog.open_qlog(),
     )
+
+
+def _seeker(
+    driver: Driver, loop: asyncio.AbstractEventLoop, own: bytes
+) -> Callable[[Config], None]:
+    """What sees to it that the peers which nothing else leads to are sought on the link."""
+    discovery: LinkDiscovery | None = None
+
+    def seek(config: Config) -> None:
+        nonlocal discovery
+        alone = {p.public_key.raw: p.name for p in config.peers if not p.endpoint}
+        if config.rendezvous is not None:
+            alone = {}
+        if discovery is not None:
+            discovery.peers_changed(alone)
+        elif alone:
+            from tunnel.shell.mdns import LinkDiscovery  # which takes a while to be imported
+
+            rng = random.SystemRandom()
+            discovery = LinkDiscovery(loop, driver.endpoints_found, own=own, peers=alone, rng=rng)
+            driver.follow("link", discovery)
+
+    return seek
 
 
 def _undo_plan(undo: Callable[[], None]) -> None:

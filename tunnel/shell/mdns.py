@@ -69,6 +69,7 @@ class LinkDiscovery:
         self.peers = dict(peers)
         self.rng = rng
         self.network = LocalNetwork()
+        self._port = 0
         self._stations: dict[str, _Station] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._told: dict[str, list[Address]] = {}
@@ -81,10 +82,10 @@ class LinkDiscovery:
         """A full snapshot, and the port of our sockets."""
         if self._closing:
             return
-        self.network = network
+        self.network, self._port = network, port
         wanted: dict[str, list[str]] = {}
         for local in network.addresses:
-            if port and network.on_link(local.ip, local.interface):
+            if port and self.peers and network.on_link(local.ip, local.interface):
                 wanted.setdefault(local.interface, []).append(local.ip)
         for interface, station in list(self._stations.items()):
             if (station.ips, station.port) != (wanted.get(interface), port):
@@ -102,6 +103,16 @@ class LinkDiscovery:
         for interface, station in list(self._stations.items()):
             station.stop()
             self._stations[interface] = _Station(self, interface, station.ips, station.port)
+
+    def peers_changed(self, peers: Mapping[bytes, str]) -> None:
+        """Others are sought now: all that is announced is made anew; for nobody, nothing is."""
+        if peers == self.peers:
+            return
+        self.peers = dict(peers)
+        for station in self._stations.values():
+            station.stop()
+        self._stations.clear()
+        self.network_changed(self.network, self._port)
 
     def stop(self) -> None:
         """Begin to say goodbye."""

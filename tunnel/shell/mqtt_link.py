@@ -5,7 +5,7 @@
     transport (TCP or TLS) <-> [WebSocket] <-> whole packets, checked <-> paho <-> owner
 
 paho knows the protocol, and would open its socket itself, blocking; aiomqtt lets it, in a thread
-(docs/decisions/0009-signaller.md). Here it gets a pipe for its socket, so that there is no thread,
+(docs/decisions/0012-signaller.md). Here it gets a pipe for its socket, so that there is no thread,
 TLS and WebSocket are not its business, and what it writes within one turn of the loop leaves in one
 segment: CONNECT, SUBSCRIBE and the first PUBLISH travel together, as MQTT 3.1.1 section 3.1.4
 allows. The broker is not trusted. paho is given whole packets only, none larger than we could have

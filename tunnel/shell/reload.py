@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from tun.apply import Applied
@@ -23,11 +24,19 @@ def plan_of(config: Config) -> tuple[Step, ...]:
 class Reloader:
     """Knows by what a tunnel runs, and from which file that came.
 
-    `applied` is the plan of the interface as it was made true.
+    `applied` is the plan of the interface as it was made true; `changed` is told what it runs by
+    from now on.
     """
 
-    def __init__(self, config: Config, public_key: PublicKey, applied: Applied) -> None:
+    def __init__(
+        self,
+        config: Config,
+        public_key: PublicKey,
+        applied: Applied,
+        changed: Callable[[Config], None],
+    ) -> None:
         self._running = config
+        self._changed = changed
         self._public_key = public_key
         self._applied = applied
         # Where it is now: a process in the background changes its directory.
@@ -52,4 +61,5 @@ class Reloader:
         if found:
             self._applied.change(plan_of(wanted))
             self._running = wanted
+            self._changed(wanted)
         return found

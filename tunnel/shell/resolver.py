@@ -151,8 +151,8 @@ class _Answer:
 
 
 def _whose(peer: str) -> dict[str, str]:
-    """A field of the log: whose name it is."""
-    return {"peer": peer} if peer else {"of": "stun"}
+    """A field of the log: whose name it is; that of a server is no name of a peer."""
+    return {"peer": peer} if peer and ":" not in peer else {"of": peer or "stun"}
 
 
 _log = Log("resolver")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 
-TOPIC_PREFIX = "martlet/1/"
-TOPIC = re.compile(r"martlet/1/[A-Za-z0-9]{1,64}")
+NAME = 64
+"""Characters of a topic behind its prefix; those of hosts have 26."""
+
+TOPIC = re.compile(rf"martlet/1/[A-Za-z0-9]{{1,{NAME}}}")
 """Topics that may be used: names that only those can know who derived them from their keys."""
 
 PAYLOAD = 4096
@@ -33,8 +35,8 @@ CONNECT_TIMEOUT = 10.0
 """Seconds from a connection to its CONNECT."""
 
 MEMORY_PER_CLIENT = 32768
-"""Bytes the broker may take for each client on average, in buffers and queues; 8 kB is what one
-takes that behaves (docs/rendezvous.md)."""
+"""Bytes the broker may take for each client on average, queues included; a host that behaves takes
+a twentieth of it (docs/rendezvous.md)."""
 
 MEMORY_BASE = 64 << 20
 """Bytes the broker may take besides."""
