@@ -197,9 +197,9 @@ def _again(host: Host, terms: Terms, asked: JoinAsked, name: str) -> tuple[Edit,
     assigned: tuple[IPInterface, ...] = ()
     for address in host.addresses:
         for network in host.networks_of(name):
-            if isinstance(network, IPv4Network) and network.prefixlen == 32 and not assigned:
-                if network.network_address in address.network:
-                    own, assigned = (ours, address), (IPv4Interface(network),)
+            single = isinstance(network, IPv4Network) and network.prefixlen == 32
+            if single and not assigned and network.network_address in address.network:
+                own, assigned = (ours, address), (IPv4Interface(network),)
     edit = Edit(
         text=None,
         peer=name,
