@@ -16,12 +16,12 @@ from typing import Any
 
 import pytest
 
+from bench.turn_server import PORT, TurnServer
 from cli.demo.netns import Namespace
 from cli.demo.world import HostName
 from tests.lab.hosts import until
 from tests.lab.scenario import Scenario
 from tests.lab.test_tunnel import MakeScenario
-from tests.lab.turn_server import PORT, TurnServer
 
 PATIENCE = 30.0  # seconds, on a busy machine
 SECONDS = 15.0
@@ -47,9 +47,15 @@ def block_direct(scenario: Scenario) -> Block:
     return Block(scenario.world.core, "meta l4proto udp drop")
 
 
+def serve(scenario: Scenario, *, quota: int = 0) -> TurnServer:
+    """In the core, at its first address of each family."""
+    addresses = scenario.world.uplink("A").cores
+    return TurnServer(scenario.world.core, addresses, scenario.directory, quota=quota)
+
+
 def make(make_scenario: MakeScenario, **options: Any) -> tuple[Scenario, TurnServer]:
     scenario = make_scenario(uplinks=(1, 1), **options)
-    server = TurnServer(scenario.world, scenario.directory)
+    server = serve(scenario)
     scenario.pair.environment = {**scenario.pair.environment, **server.environment}
     return scenario, server
 
@@ -221,7 +227,7 @@ def test_what_the_server_says_no_to_is_told(make_scenario: MakeScenario) -> None
 def test_a_quota(make_scenario: MakeScenario) -> None:
     """One for the two of them, so that one end has none."""
     scenario = make_scenario(uplinks=(1, 1))
-    server = TurnServer(scenario.world, scenario.directory, quota=1)
+    server = serve(scenario, quota=1)
     scenario.configure(server.toml(server.url(transport="udp")))
     scenario.up()
 

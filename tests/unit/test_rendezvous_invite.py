@@ -520,6 +520,18 @@ def test_a_mac_for_one_key_is_worth_nothing_to_another() -> None:
     assert len(events(invitation)) == 1
 
 
+def test_a_key_that_cannot_be_sealed_to_does_not_join(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Points of mixed order: some signatures by them verify, but they are no X25519 keys."""
+    invitation = inviting()
+    joiner = joining(invitation.code)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Speaker, "can_reach", lambda *_: False)
+        carry(joiner, invitation)
+    assert events(invitation) == []
+    assert invitation.state is State.OPEN
+
+
 def test_thanks_of_another_are_none() -> None:
     invitation, _ = welcomed()
     other = joining(invitation.code, CAROL)

@@ -54,6 +54,15 @@ class Speaker:
         secret = crypto_scalarmult(bytes(self._boxing), bytes(_box_key(peer)))
         return topic_of(secret, purpose + sender)
 
+    def can_reach(self, peer: bytes) -> bool:
+        """Whether this is a key that can be spoken to: a point of the right group. One that is not
+        may still make signatures that verify."""
+        try:
+            _box_key(peer)
+        except ValueError:
+            return False
+        return True
+
     def seal(self, peer: bytes, context: bytes, body: bytes) -> bytes:
         """Sign, pad and seal `body` for `peer`. Raises ValueError when it is too long."""
         signature = self._signing.sign(_signed(context, self.public, peer, body)).signature
