@@ -29,6 +29,7 @@ from cli.demo.netns import Namespace, Namespaces
 from tests.lab.hosts import MARTLET, until
 from tests.lab.rendezvous import Rendezvous
 from tunnel.config import load
+from tunnel.identity import Identity
 from tunnel.shell.networks import networks_in_use
 
 NETWORKS = {"a": "192.0.2", "b": "198.51.100", "c": "203.0.113"}
@@ -295,3 +296,40 @@ def test_a_relay_is_shared_in_a_private_file(lab: Lab) -> None:
     assert turn.password_file is not None
     assert turn.password_file.read_text() == "geheim\n"
     assert turn.password_file.stat().st_mode & 0o077 == 0
+
+
+def test_an_invitation_to_a_tunnel_that_was_written_by_hand(lab: Lab) -> None:
+    """It runs, and has an address of its own; the one that follows from the key comes live."""
+    Identity.generate().save(lab.a.config.parent / "key")
+    text = f"""\
+# Written by hand.
+[interface]
+name = "mt0"  # the first
+address = [
+    "10.50.0.1/24",  # ours
+]
+private_key = "key"
+
+[rendezvous]
+url = "{lab.url}"
+
+[[peer]]
+name = "nobody"
+public_key = "{Identity.generate().public_key.openssh}"
+allowed_ips = ["10.50.0.9/32"]
+"""
+    lab.a.config.write_text(text)
+    lab.a.martlet("up", str(lab.a.config), "--detach")
+    invite = lab.a.invite(lab.url, "--up")
+    lab.b.martlet("join", invite.code, "--config", str(lab.b.config), "--up", "--ipv4")
+    said = invite.end()
+    assert "this host has the address fd6d:" in said
+    assert " 0% packet loss" in lab.b.ping(lab.a)
+    assert " 0% packet loss" in lab.a.ping(lab.b, 4)
+    assert lab.b.inner(4) == "10.50.0.2"
+    changed = lab.a.config.read_text()
+    assert changed.replace(f', "{lab.a.inner()}/128"', "").startswith(text)
+    status = json.loads(lab.a.space.run([*MARTLET, "status", "--json"]).stdout)
+    assert status["counters"]["internal_errors"] == 0
+    lab.a.down()
+    assert "mt0" not in lab.a.space.run(["ip", "link"]).stdout
