@@ -78,6 +78,7 @@ class _Inviting:
         self._terms = terms
         self._options = options
         self._edit: Edit | None = None
+        self._screen = _InviteScreen("waiting for who joins")
         self._taken = True
 
     def run(self, identity: Identity) -> int:
@@ -88,13 +89,13 @@ class _Inviting:
                 " (--no-share-relay keeps it)"
             )
         try:
-            with _InviteScreen("waiting for who joins") as screen:
+            with self._screen:
                 burnt = joining.run(
                     joining.invite(
                         identity,
                         to_config(self._terms.rendezvous),
                         decide=self._decide,
-                        watcher=screen,
+                        watcher=self._screen,
                     )
                 )
         except KeyboardInterrupt:
@@ -106,6 +107,7 @@ class _Inviting:
 
     def _decide(self, asked: JoinAsked) -> Welcome:
         """Everything that is to be done here before the other one hears of it."""
+        self._screen.stop()
         self._host = again(self._host)
         try:
             edit, welcome = admit(self._host, self._terms, asked)

@@ -26,6 +26,7 @@ from tunnel.rendezvous.invite import (
     Joining,
     Reason,
     Refused,
+    State,
     Welcome,
     Welcomed,
 )
@@ -121,7 +122,7 @@ async def invite(
                 made[0].refuse("it cannot write its configuration", clock.now())
 
     def look(now: float) -> None:
-        if made:
+        if made and made[0].state is State.OPEN:
             watcher.waiting(max(0.0, made[0].expires_at - now))
 
     talk = _Talk(rendezvous, make, on_event, watcher)
