@@ -10,14 +10,17 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
+from bench.figures import ping_times
 from bench.turn_server import PORT, TurnServer
 from cli.demo.netns import Namespace
+from cli.demo.pair import INNER
 from cli.demo.world import HostName
 from tests.lab.hosts import until
 from tests.lab.scenario import Scenario
@@ -157,6 +160,28 @@ def test_tcp_where_udp_to_the_server_is_blocked_too(make_scenario: MakeScenario)
     Block(scenario.world.core, f"udp dport {PORT} drop", hook="input")
     scenario.up()
     assert relays(scenario, state="allocated", transport="tcp")
+    assert active(scenario)["kind"] == "relay"
+
+
+def test_a_relay_over_tcp_does_not_queue_for_seconds(make_scenario: MakeScenario) -> None:
+    """An upload fills a slow uplink with 1 s of buffer; whoever types waits little longer."""
+    scenario, server = make(make_scenario)
+    scenario.configure(server.toml(server.url(transport="tcp")), ["A"])
+    block_direct(scenario)
+    scenario.up()
+    scenario.world.link.set("A0", rate=4e6, queue=1.0)
+    a, b = scenario.pair.space("A"), scenario.pair.space("B")
+    target, log = INNER["B"][4], scenario.directory
+    b.popen(["iperf3", "-s", "-1", "-B", target], log=log / "server.log")
+    listens = ["ss", "-Hltn", "sport = :5201"]
+    until(lambda: target in b.run(listens).stdout, lambda: "iperf3", PATIENCE)
+    upload = a.popen(["iperf3", "-c", target, "-t", "8"], log=log / "client.log")
+    time.sleep(3)
+    ping = ["ping", "-n", "-i", "0.05", "-c", "60", "-W", "3", target]
+    times = ping_times(a.run(ping, check=False).stdout)
+    assert upload.poll() is None
+    assert len(times) > 50
+    assert statistics.median(times) < 250, times
     assert active(scenario)["kind"] == "relay"
 
 

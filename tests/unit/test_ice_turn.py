@@ -19,6 +19,7 @@ from tunnel.ice.turn import (
     FIRST_RTO,
     FORBIDDEN_MEMORY,
     MAX_CHANNELS,
+    MAX_NONCE,
     MAX_PERMISSIONS,
     PATIENCE,
     PERMISSION_REFRESH,
@@ -322,6 +323,13 @@ def test_a_server_for_which_every_nonce_is_stale() -> None:
     net.run(5.0)
     assert "stale" in ended(net).text
     assert net.server.count(stun.Method.REFRESH) == STALE_LIMIT + 1
+
+
+def test_a_nonce_without_end_is_none() -> None:
+    net = Net()
+    net.server.nonce = bytes(MAX_NONCE + 1)
+    net.start().run(20.0)
+    assert ended(net).problem is Problem.NO_ANSWER
 
 
 def test_a_password_that_was_changed_at_the_server() -> None:

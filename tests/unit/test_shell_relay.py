@@ -483,6 +483,43 @@ def test_a_stream_drops_what_does_not_fit_and_keeps_its_place(tmp_path: Path) ->
     run(tmp_path, test)
 
 
+def test_what_is_no_turn_server(tmp_path: Path) -> None:
+    async def test(world: World) -> None:
+        async def greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            writer.write(b"SSH-2.0-somebody\r\n")
+            await reader.read(1 << 16)
+            writer.close()
+
+        other = await asyncio.start_server(greet, HOST, 0)
+        try:
+            port = other.sockets[0].getsockname()[1]
+            world.begin(f"turn:{HOST}:{port}?transport=tcp")
+            await world.until(lambda: world.rows(state="failed"))
+            assert "this is no TURN server" in world.rows(state="failed")[0]["error"]
+        finally:
+            world.relays.close()
+            await asyncio.sleep(0.05)
+            other.close()
+
+    run(tmp_path, test)
+
+
+def test_an_empty_datagram_is_nothing(tmp_path: Path) -> None:
+    async def test(world: World) -> None:
+        world.begin()
+        client = await world.relayed()
+        world.relays.send(KEY, CHECK)
+        await world.until(lambda: client.server.sent)
+        for payload in (b"", b"\0something"):
+            answer = client.server.from_peer(PEER, payload)
+            assert answer is not None
+            client.write(answer)
+        await world.until(lambda: world.received)
+        assert world.received == [(b"\0something", KEY)]
+
+    run(tmp_path, test)
+
+
 def test_what_waits_too_long_lets_nothing_more_in(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -497,6 +534,7 @@ def test_what_waits_too_long_lets_nothing_more_in(
         before = stream.dropped
         stream.send_run(0x4000, memoryview(bytes(3600)), 1200)
         assert stream.dropped == before + 3
+        assert world.relays.dropped == stream.dropped
 
     run(tmp_path, test)
 

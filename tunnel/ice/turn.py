@@ -64,6 +64,8 @@ RTO_CEILING = 1.0
 TRIES = 6
 PATIENCE = 10.0
 """Seconds until a request in a stream, which repeats by itself, counts as unanswered."""
+MAX_NONCE = 763
+"""Bytes of a nonce or a realm (RFC 8489 sections 14.9, 14.10): both come back in every request."""
 STALE_LIMIT = 3
 """Nonces that a server may call stale in a row."""
 QUIET = 20.0
@@ -346,6 +348,9 @@ class Allocation:
         """The server wants credentials, or another nonce (RFC 8489 section 9.2.5)."""
         realm = message.attributes.get("REALM", self._realm)
         nonce = message.attributes["NONCE"]
+        if len(nonce) > MAX_NONCE or len(realm or "") > MAX_NONCE:
+            self.refused += 1
+            return
         again = asked.signed and code == 401 and nonce == self._nonce
         if asked.signed and code == 401 and asked.subject[0] == "allocate":
             again = True  # the very first signed request: its nonce was fresh

@@ -165,8 +165,8 @@ class Relays:
         received: Callable[[list[tuple[bytes, PathKey]]], None],
         lookup: Lookup = lookup,
     ) -> None:
-        self.dropped = 0
-        """Datagrams that a full queue had no room for."""
+        self.gone = 0
+        """Datagrams that were dropped on the way to servers that are not in use any more."""
         self.loop = asyncio.get_running_loop()
         self.rng = random.SystemRandom()
         self.received = received
@@ -184,6 +184,11 @@ class Relays:
         self._closed = False
 
     # ---- what the driver asks ----
+
+    @property
+    def dropped(self) -> int:
+        """Datagrams that a full queue had no room for."""
+        return self.gone + sum(slot.dropped for slot in self._slots.values())
 
     @property
     def relays(self) -> tuple[Relay, ...]:
@@ -354,6 +359,10 @@ class _Slot:
         self._stop()
         self._ways = []
 
+    @property
+    def dropped(self) -> int:
+        return sum(attempt.dropped for attempt in self._attempts)
+
     def status(self) -> list[dict[str, Any]]:
         """A way that waits for its turn is nothing to tell of."""
         return [attempt.status() for attempt in self._attempts if attempt.worth_telling]
@@ -447,7 +456,13 @@ class _Attempt:
 
     @property
     def worth_telling(self) -> bool:
-        return self._carrier is not None or self.problem not in (None, Problem.UNSUPPORTED)
+        """Not that a server has no IPv6, which is common, nor of a way that was not needed."""
+        common = Problem.UNSUPPORTED if self._slot.place.ipv6 else None
+        return self._carrier is not None or self.problem not in (None, common)
+
+    @property
+    def dropped(self) -> int:
+        return 0 if self._carrier is None else self._carrier.dropped
 
     def start(self) -> bool:
         """Begin; False when that failed at once, in which case nobody else is told."""
@@ -517,7 +532,7 @@ class _Attempt:
             live.close()
         carrier, self._carrier = self._carrier, None
         if carrier is not None:
-            self._slot.relays.dropped += carrier.dropped
+            self._slot.relays.gone += carrier.dropped
             carrier.close()
 
     def status(self) -> dict[str, Any]:
@@ -744,6 +759,8 @@ class _Live:
 
     def take(self, remote: Address, payload: memoryview) -> None:
         """A datagram of `remote`: a 1-RTT packet to a peer the engine knows, or the node's."""
+        if not payload:
+            return
         shim = self._shims.get(remote)
         if shim is not None and payload[0] & 0xC0 == 0x40:
             shim.add(payload)
