@@ -13,7 +13,7 @@ not take that way: `send` and `received` pass it between the node and the server
 Where relays are asked for (`places`): for each family of relayed addresses, from the best address
 of the best two interfaces that reach a server by that family, or from the best one by the other
 family. At each place the ways to the servers are tried in the order of the configuration: the next
-one after a second without success, or at once when one fails, and the first that succeeds is used.
+one after 0.3 s without success, or at once when one fails, and the first that succeeds is used.
 So a server is reached over TCP where UDP is blocked, and a second server where the first is down.
 
 A relay that ends is asked for anew, at once if it lived for a while. All that has failed is tried
@@ -44,8 +44,9 @@ from tunnel.shell.log import Log
 from tunnel.shell.resolver import Lookup, Resolver, lookup
 from tunnel.shell.udp import UDP_SEGMENT, UdpSocket, device_for, open_udp, segment_size
 
-HEAD_START = 1.0
-"""Seconds that a way to a server has before the next one is tried beside it."""
+HEAD_START = 0.3
+"""Seconds that a way to a server has before the next one is tried beside it: who is behind a
+firewall that swallows UDP waits for it each time (RFC 8305 section 5 recommends 250 ms)."""
 FIRST_RETRY, LAST_RETRY = 1.0, 60.0  # seconds
 HOPELESS_RETRY = 60.0
 """Seconds until a server that said no, not now but for good, is asked again."""
