@@ -71,6 +71,8 @@ class Wish:
     key: PathKey
     reason: str
     since: float
+    relayed: bool
+    """A relay would be left for it."""
     asked: bool = False
     """QUIC has been asked to prove it."""
 
@@ -441,9 +443,10 @@ class Roaming:
         self.second = chosen
         self.agent.keep([key for key in (session.active, chosen) if key is not None])
 
-    def _patience(self, now: float) -> float:
+    def _patience(self, wish: Wish, now: float) -> float:
         """Seconds that a better path must have been better."""
-        return self._damper.wait(now, told=now < self._told_at + TOLD_MEMORY)
+        told = now < self._told_at + TOLD_MEMORY
+        return self._damper.wait(now, told=told, relayed=wish.relayed)
 
     def _consider(self, now: float) -> None:
         """Whether another path is clearly better than the one in use."""
@@ -462,9 +465,10 @@ class Roaming:
             return
         wish = self._wish
         if wish is None or wish.key != path.key:
-            self._wish = wish = Wish(path.key, reason, now)
-        if not wish.asked and now >= wish.since + self._patience(now):
-            self._wish = Wish(wish.key, wish.reason, wish.since, asked=True)
+            relayed = active.relayed and not path.relayed
+            self._wish = wish = Wish(path.key, reason, now, relayed)
+        if not wish.asked and now >= wish.since + self._patience(wish, now):
+            self._wish = replace(wish, asked=True)
             session.connection.probe(wish.key, now)
 
     # suspicion
@@ -625,7 +629,7 @@ class Roaming:
             if self._suspicion is not None:
                 times.append(self._suspicion.look_again_at)
             if self._wish is not None and not self._wish.asked:
-                times.append(self._wish.since + self._patience(self._wish.since))
+                times.append(self._wish.since + self._patience(self._wish, self._wish.since))
             times.append(self._books.due())
             times += self._failed.values()
         return min((at for at in times if at is not None), default=None)

@@ -14,6 +14,7 @@ from tunnel.path.network import Address, LocalAddress, LocalNetwork, PathKey, Ro
 from tunnel.path.selector import (
     FLAP_MEMORY,
     SETTLE,
+    SETTLE_LIMIT,
     Damper,
     Facts,
     best_from,
@@ -260,3 +261,11 @@ def test_a_single_lost_check_is_no_reason_to_leave() -> None:
     assert clearly_better(Facts(path(WLAN, A), warm=True, rank=1, rtt=0.02), lossy) == (
         "it loses less"
     )
+
+
+def test_a_relay_is_left_sooner_but_not_again_and_again() -> None:
+    damper, now = Damper(), 0.0
+    assert damper.wait(now, relayed=True) <= damper.wait(now) / 5
+    for _ in range(12):
+        damper.moved(now)
+    assert damper.wait(now, relayed=True) == SETTLE_LIMIT

@@ -32,6 +32,9 @@ LOSS_DOUBT = 0.1
 for its losses would be come back to as soon as it had a little luck."""
 SETTLE = 1.0
 """Seconds that a path must have been clearly better before it is moved to, at first."""
+SETTLE_RELAYED = 0.1
+"""The same, of a direct path beside a relayed one, which is what was there first and not what was
+ever better."""
 SETTLE_LIMIT = 60.0
 FLAP_MEMORY = 120.0
 """Seconds after which a move is forgotten; until then each doubles the wait for the next one that
@@ -159,15 +162,16 @@ class Damper:
     def moved(self, now: float) -> None:
         self.moves = [at for at in self.moves if now - at < FLAP_MEMORY] + [now]
 
-    def wait(self, now: float, *, told: bool = False) -> float:
+    def wait(self, now: float, *, told: bool = False, relayed: bool = False) -> float:
         """Seconds that a path must have been clearly better to be moved to.
 
         `told`: the kernel's routes have just come to prefer it, which once is reason enough.
+        `relayed`: a relay would be left for a direct path.
         """
         recent = sum(1 for at in self.moves if now - at < FLAP_MEMORY)
         if told and not recent:
             return 0.0
-        return min(SETTLE * (1 << min(recent, 10)), SETTLE_LIMIT)
+        return min((SETTLE_RELAYED if relayed else SETTLE) * (1 << min(recent, 10)), SETTLE_LIMIT)
 
 
 # Paths that nobody has checked yet: where to dial, and where to flee when nothing is warm.
