@@ -16,7 +16,7 @@ from tunnel.path.network import Address, LocalNetwork, PathKey
 
 
 class FakeNode:
-    """`tunnel.shell.driver.Node`, scripted: what is put in its queues is drained by the shell.
+    """`tunnel.shell.ports.Node`, scripted: what is put in its queues is drained by the shell.
 
     Its engine is a real one, of one peer with the network `allowed`, once `connect`ed.
     """

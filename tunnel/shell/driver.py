@@ -18,14 +18,14 @@ import asyncio
 import os
 from collections.abc import Callable, Sequence
 from math import inf
-from typing import Any, Protocol
+from typing import Any
 
 from tun.device import TunDevice
 from tun.errors import TunError
 from tun.linux import read_failure
-from tunnel.config import IPInterface, PeerConfig, RendezvousConfig, TurnConfig
+from tunnel.config import RendezvousConfig, TurnConfig
 from tunnel.config_change import Change
-from tunnel.datapath.engine import Connection, Datapath, Path
+from tunnel.datapath.engine import Path
 from tunnel.errors import LocalError
 from tunnel.events import (
     BenchAnswer,
@@ -43,13 +43,13 @@ from tunnel.events import (
 )
 from tunnel.ice.candidate import Relay
 from tunnel.path.network import Address, LocalNetwork, PathKey
-from tunnel.rendezvous.meeting import Meeting
 from tunnel.shell import clock, crypto
 from tunnel.shell.bench import Benches, BenchRefused
 from tunnel.shell.clock import HEARTBEAT, Alarm, JumpDetector
 from tunnel.shell.log import Log
 from tunnel.shell.mqtt import Signaller
 from tunnel.shell.netmon import NetworkMonitor
+from tunnel.shell.ports import Follower, Node
 from tunnel.shell.relay import Relays
 from tunnel.shell.resolver import Resolver
 from tunnel.shell.udp import UdpSocket, UdpSockets, pack, unpack
@@ -78,66 +78,6 @@ NO_SOCKET = -1
 BREATHER = 0.02
 """Seconds: what would come again at once must not spin the loop: a timer whose handler fails, or
 news of the engine that the rounds of a turn did not come to the end of."""
-
-
-class Node(Protocol):
-    """What is driven; `tunnel.node.Node` in life, a fake in tests."""
-
-    @property
-    def datapath(self) -> Datapath: ...
-    def engine_events(self, connections: list[Connection], now: float) -> bool: ...
-    def receive_datagram(self, data: bytes, path: PathKey, now: float) -> None: ...
-    def network_changed(self, network: LocalNetwork, port: int, now: float) -> None: ...
-    def port_opened(self, local: Address, now: float) -> None: ...
-    def relays_changed(self, relays: tuple[Relay, ...], now: float) -> None: ...
-    def endpoints_resolved(self, peer: str, addresses: list[Address], now: float) -> None: ...
-    def mapped_ports_changed(self, mapped: dict[Address, Address], now: float) -> None: ...
-    def endpoints_found(self, peer: str, addresses: list[Address], now: float) -> None: ...
-    def send_failed(self, path: PathKey, error: int, now: float) -> None: ...
-    def resumed(self, now: float) -> None: ...
-    def handle_timer(self, now: float) -> None: ...
-    def ping(self, peer: str, token: int, now: float) -> bool: ...
-    def bench(self, peer: str, token: int, seconds: int, now: float) -> None: ...
-    def bench_served(
-        self, peer: str, token: int, port: int, secret: bytes, reason: str, now: float
-    ) -> None: ...
-    def add_addresses(self, addresses: Sequence[IPInterface]) -> None: ...
-    def add_peer(self, config: PeerConfig, now: float) -> None: ...
-    def remove_peer(self, peer: str, now: float) -> None: ...
-    def close(self, now: float) -> None: ...
-    def datagrams_to_send(self, now: float) -> list[tuple[PathKey, bytes]]: ...
-    def signaller_connected(self, now: float) -> None: ...
-    def signaller_disconnected(self, now: float) -> None: ...
-    def signal_received(self, topic: str, payload: bytes, now: float) -> None: ...
-    def signals_to_send(self, now: float) -> list[tuple[str, bytes]]: ...
-    @property
-    def meeting(self) -> Meeting | None: ...
-    def get_timer(self) -> float | None: ...
-    def next_event(self) -> NodeEvent | None: ...
-    def status(self, now: float) -> dict[str, Any]: ...
-    def history(self) -> list[dict[str, Any]]: ...
-    @property
-    def closed(self) -> bool: ...
-
-
-class Follower(Protocol):
-    """What else follows the network, beside the node: it asks others about it, and tells what it
-    learnt by a callback, never from inside a call."""
-
-    def network_changed(self, network: LocalNetwork, port: int) -> None:
-        """A full snapshot, and the port of the sockets."""
-
-    def resumed(self) -> None:
-        """The host slept."""
-
-    def stop(self) -> None:
-        """The end is near: say goodbye where that takes time. Nothing more is told."""
-
-    def close(self) -> None:
-        """The end, soon."""
-
-    def status(self) -> list[dict[str, Any]]:
-        """For `status --json`."""
 
 
 class Driver:

@@ -22,10 +22,11 @@ from tunnel.control import BOOT_ID_LENGTH
 from tunnel.errors import LocalError
 from tunnel.identity import Identity
 from tunnel.shell import clock, qlog, systemd
-from tunnel.shell.driver import Driver, Node
+from tunnel.shell.driver import Driver
 from tunnel.shell.log import Log
 from tunnel.shell.netmon import Netlink
 from tunnel.shell.portmap import PortMapper
+from tunnel.shell.ports import Node
 from tunnel.shell.reload import Reloader, plan_of
 from tunnel.shell.status import ControlServer, ControlSocket
 
