@@ -112,19 +112,24 @@ class NftNat:
         address is forgotten. A mapping that is no forward becomes a new one, as for any new
         private address.
         """
+        gone = {}
         for family, mapping in self.mappings.items():
+            gone[family] = mapping.inside
             mapping.inside = addresses[family]
             if not self.forward:
                 mapping.external = self._take_port()
-        self._apply(script)
+        self._apply(script, gone)
 
-    def _apply(self, move: str = "") -> None:
+    def _apply(self, move: str = "", gone: dict[int, str] | None = None) -> None:
         # Rules first, then the host, then the connection table: an entry made between would keep
         # the old mapping. One shell, so that the time between the steps is not that of starting
         # subprocesses from Python.
         steps = [f"nft -f - <<'RULES'\n{self._ruleset()}\nRULES", move or "true", "status=$?"]
         for family in self.mappings:  # conntrack calls an empty table a failure
-            steps.append(f"conntrack -D -f ipv{family} -p udp >/dev/null 2>&1")
+            # Of a host that moved, only what it was: where it is now it may have asked something
+            # already, and a router that forgot that would not let the answer in.
+            old = [f"--{way}-src {gone[family]}" for way in ("orig", "reply")] if gone else [""]
+            steps += [f"conntrack -D -f ipv{family} -p udp {one} >/dev/null 2>&1" for one in old]
         # A router has processors of its own: this must not take those of the hosts.
         self.space.run(["nice", "-n", "19", "sh", "-c", "\n".join([*steps, "exit $status"])])
 
