@@ -13,6 +13,7 @@ from cli.demo.world import Happened
 
 _APPEARED = 3.0  # seconds that the tunnel may take to use a better interface
 _AT_LEAST = 0.8  # seconds that it is there before the old one goes
+_REST = 4.0  # seconds between moves that need the broker: what an end says there is rationed
 _ACTS: dict[str, tuple[Act, Act | None]] = {
     "link-down": (acts.link_down, acts.link_up),
     "black-hole": (acts.black_hole, acts.heal),
@@ -44,6 +45,8 @@ def event(bed: Bed, cell: Cell, settings: Settings) -> Run:
         _usable(bed, run, turn, happened)
     if back is not None:
         run.recovered = bed.settle(back(turn).end) and run.recovered
+    if bed.rendezvous:
+        time.sleep(_REST)
     return run
 
 
