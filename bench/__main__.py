@@ -16,7 +16,9 @@ MEASUREMENTS = {
     "queue": ("standing_queue", "keystrokes beside an upload that fills a slow link"),
     "profile": ("hotspots", "where the tunnel's CPU time goes (perf)"),
     "roam": ("roam", "how long traffic is silent when an end moves"),
+    "nat": ("nat", "how any two kinds of NAT meet, and how long that takes"),
     "stability": ("stability", "moves that nobody needs, on a path that loses and jitters"),
+    "rendezvous": ("rendezvous", "how fast many pairs meet, and what a host costs the broker"),
     "drills": ("drills", "random events, one after the other; does everything flow again?"),
 }
 

@@ -15,31 +15,30 @@ from __future__ import annotations
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Literal
 
+from bench.ask import POLL, Asking
 from bench.capture import CORE_INTERFACES, Capture
 from bench.rival import WireGuardPair
+from bench.servers import Broker, Certificate, Stun, tables
 from bench.stream import Stream
 from bench.watch import Kernel
-from cli.client import connect
+from cli.demo.core import IMPORT_ROOT
 from cli.demo.nat import Kind
 from cli.demo.netns import terminate
-from cli.demo.pair import DEVICE, INNER, Pair, Session
+from cli.demo.pair import INNER, Pair, Session
 from cli.demo.probe import SPACING, Probe
 from cli.demo.session import SPACING as KEYSTROKE
-from cli.demo.world import IMPORT_ROOT, HostName, World
-from tunnel.errors import MartletError
-from tunnel.shell.status import RUN_DIRECTORY
+from cli.demo.world import HostName, World
 
 ARTIFACTS = Path(IMPORT_ROOT) / "artifacts"
 Mode = Literal["off", "interactive", "wireguard-go"]  # martlet's redundancy, or another tunnel
 HOSTS: tuple[HostName, ...] = ("A", "B")
-POLL = 0.02  # seconds between two looks at something that is waited for
 STEADY = 0.4  # seconds of flow both ways after which all is well
 _FLOWING = 0.12  # seconds since the last arrival; the probes' own records are 50 ms late
 _TYPING = 0.3  # seconds since the last echo
@@ -63,8 +62,12 @@ class Network:
     nat: Kind = "full-cone"  # of A; B's forward a port
 
 
-class Bed:
-    """A context manager: the world and its tunnel. `observe` adds probes and the ssh session."""
+class Bed(Asking):
+    """A context manager: the world and its tunnel; `up` adds probes and the ssh session.
+
+    rendezvous: nobody forwards a port, all NATs are port-restricted, and the two ends meet by a
+    broker and STUN, each as far away as they are from each other.
+    """
 
     def __init__(
         self,
@@ -77,6 +80,7 @@ class Bed:
         spacing: float = SPACING,
         keystroke: float = KEYSTROKE,
         ring: int = 0,
+        rendezvous: bool = False,
     ) -> None:
         # Short: there are sockets in it, and the path of one has room for 107 bytes.
         self.directory = ARTIFACTS / f"{name[:24]}-{secrets.token_hex(3)}"
@@ -88,8 +92,8 @@ class Bed:
         self._spacing = spacing
         self._keystroke = keystroke
         self._ring = ring
+        self.rendezvous = rendezvous
         self._stack = ExitStack()
-        self._servers: dict[HostName, str] = {}
         self.stream: Stream | None = None
 
     # ---- life ----
@@ -125,7 +129,9 @@ class Bed:
                 delay=network.rtt / 4,
                 uplinks=self._uplinks,
                 nat66=self._nat66,
-                kinds={"A0": network.nat, "A1": network.nat},
+                kinds=self._kinds(),
+                forwards={"B0": False, "B1": False} if self.rendezvous else None,
+                servers=("broker", "stun") if self.rendezvous else (),
                 directory=self.directory,
             )
         )
@@ -145,17 +151,35 @@ class Bed:
         make = WireGuardPair if self.mode == "wireguard-go" else Pair
         self.pair = make(self.world, self.directory, environment)
         if self.mode != "wireguard-go":
-            self.pair.settings = f'[paths]\nredundancy = "{self.mode}"\n'
+            self.pair.settings = f'[paths]\nredundancy = "{self.mode}"\n{self._serve()}'
         self.pair.prepare()
         capture = self.directory / "core.pcapng"
-        self.capture = Capture(self.world.core, CORE_INTERFACES, capture, ring=self._ring)
+        interfaces = (*CORE_INTERFACES, *self.world.servers)
+        self.capture = Capture(self.world.core, interfaces, capture, ring=self._ring)
         stack.callback(self.capture.stop)
         self.kernels = {host: Kernel(self.world.hosts[host].space) for host in HOSTS}
         for kernel in self.kernels.values():
             stack.callback(kernel.close)
-        for host in HOSTS:
-            inode = Path(f"/run/netns/{self.world.hosts[host].space.name}").stat().st_ino
-            self._servers[host] = str(RUN_DIRECTORY / str(inode))
+        self.ask_in({host: self.world.hosts[host].space for host in HOSTS})
+
+    def _kinds(self) -> dict[str, Kind]:
+        if self.rendezvous:
+            return dict.fromkeys(("A0", "A1", "B0", "B1"), "port-restricted")
+        return dict.fromkeys(("A0", "A1"), self.network.nat)
+
+    def _serve(self) -> str:
+        """Start the public servers; the tables that name them."""
+        if not self.rendezvous:
+            return ""
+        broker, stun = self.world.servers["broker"], self.world.servers["stun"]
+        addresses = broker.addresses[self.network.family][:1]
+        certificate = Certificate.make(self.directory, addresses)
+        self._broker = Broker(broker.space, addresses, self.directory, certificate)
+        return tables(self._broker, Stun(stun.space, stun.addresses, self.directory))
+
+    def subscriptions(self) -> int:
+        """How many requests to subscribe the broker has granted so far; 0 without one."""
+        return self._broker.subscriptions() if self.rendezvous else 0
 
     def up(self, *, stream: float = 0.0) -> None:
         """Start the tunnel, the probes, the ssh session and maybe a paced TCP stream of so many
@@ -236,52 +260,7 @@ class Bed:
             for end, uplinks in zip(ends, self._uplinks, strict=True)
         )
 
-    @staticmethod
-    def until(condition: Callable[[], bool], patience: float, poll: float = POLL) -> bool:
-        """Wait for a condition; False when patience ended."""
-        deadline = time.monotonic() + patience
-        while not condition():
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(poll)
-        return True
-
     # ---- asking the product ----
-
-    def _ask(self, host: HostName, verb: Literal["status", "history"]) -> Any:
-        """What `martlet VERB --json` prints, without the second that starting it may take."""
-        if self.mode == "wireguard-go":
-            return None
-        try:
-            with connect(DEVICE, Path(self._servers[host])) as client:
-                return client.status() if verb == "status" else client.history()
-        except MartletError:
-            return None
-
-    def status(self, host: HostName) -> dict[str, Any]:
-        """The part of the only peer in `status --json`; empty when there is none."""
-        peers = (self._ask(host, "status") or {}).get("peers", [])
-        found: dict[str, Any] = peers[0] if peers else {}
-        return found
-
-    def paths(self, host: HostName) -> list[dict[str, Any]]:
-        """The paths of a host in `status --json`."""
-        found: list[dict[str, Any]] = self.status(host).get("paths", [])
-        return found
-
-    def history(self, host: HostName) -> list[dict[str, Any]]:
-        """The ledger of a host."""
-        found: list[dict[str, Any]] = self._ask(host, "history") or []
-        return found
-
-    def active_path(self, host: HostName) -> str:
-        """`local>remote`, "-" while there is none or the tunnel does not say."""
-        return str(self.status(host).get("active_path") or "-")
-
-    def second_path(self, host: HostName) -> str:
-        """The path of a host that stands beside its active one, "" if there is none."""
-        found = (path for path in self.paths(host) if path.get("backup"))
-        return next((f"{path['local']}>{path['remote']}" for path in found), "")
 
     def active_uplink(self, host: HostName) -> int:
         """Number of the uplink that the active path uses; 0 where the tunnel does not say."""
@@ -291,11 +270,6 @@ class Bed:
             if local == uplink.address(family):
                 return uplink.index
         return 0
-
-    def counters(self, host: HostName) -> dict[str, int]:
-        """The counters of the peer."""
-        found: dict[str, int] = self.status(host).get("counters", {})
-        return found
 
     # ---- load ----
 

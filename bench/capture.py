@@ -16,14 +16,21 @@ class Capture:
     """dumpcap on some interfaces of a namespace; interfaces of the core never go down, so it
     never ends early.
 
-    With `ring` bytes, only about the newest so many are kept, in files named after `path`.
+    `what` is a filter of libpcap. With `ring` bytes, only about the newest so many are kept, in
+    files named after `path`.
     """
 
     def __init__(
-        self, space: Namespace, interfaces: Sequence[str], path: Path, *, ring: int = 0
+        self,
+        space: Namespace,
+        interfaces: Sequence[str],
+        path: Path,
+        *,
+        ring: int = 0,
+        what: str = "udp",
     ) -> None:
         self.path = path
-        argv = ["dumpcap", "-q", "-n", "-w", str(path), "-f", "udp"]
+        argv = ["dumpcap", "-q", "-n", "-w", str(path), "-f", what]
         if ring:
             argv += ["-b", f"filesize:{ring // 4000}", "-b", "files:4"]
         for interface in interfaces:

@@ -38,9 +38,9 @@ from typing import Any
 
 from bench import features, udp
 from bench.figures import Stream, iperf_result, ping_times
+from cli.demo.core import PYTHON_ENV
 from cli.demo.link import LinkControl
 from cli.demo.netns import Namespace, Namespaces, command, terminate
-from cli.demo.world import PYTHON_ENV
 
 HOSTS = ("A", "B")
 OTHER = {"A": "B", "B": "A"}

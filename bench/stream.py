@@ -18,9 +18,9 @@ import sys
 import time
 from pathlib import Path
 
+from cli.demo.core import PYTHON_ENV
 from cli.demo.netns import Namespace, terminate
 from cli.demo.trace import Report, Trace, TraceWriter, last_arrival, report
-from cli.demo.world import PYTHON_ENV
 
 PORT = 7011
 EVERY = 0.01  # seconds between two blocks

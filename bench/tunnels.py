@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Protocol
 
 from bench.ground import HOSTS, OTHER, WAIT, Ground
+from cli.demo.core import IMPORT_ROOT
 from cli.demo.netns import Namespace, terminate
-from cli.demo.world import IMPORT_ROOT, PORT
+from cli.demo.world import PORT
 
 INNER = {"A": "10.88.0.1", "B": "10.88.0.2"}
 OURS = "martlet"

@@ -12,12 +12,13 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from ipaddress import ip_address
 from typing import Literal, NamedTuple
 
 from cli.demo.netns import Namespace
+from tunnel.ice.pcp import PORT as PCP_PORT
 
 What = Literal["address", "no address", "default route"]
 # linux/rtnetlink.h
@@ -36,7 +37,7 @@ _SO_RCVBUFFORCE = 33
 _TIMESPEC = struct.Struct("=qq")
 _PACKET_OUTGOING = 4  # linux/if_packet.h
 _BUFFER = 8 << 20  # bytes: tens of seconds of probes
-_UDP = 17
+_TCP, _UDP = 6, 17
 
 
 class Announced(NamedTuple):
@@ -116,10 +117,13 @@ class Datagram:
 
 
 class Packets:
-    """UDP datagrams at all interfaces of a namespace, also of those that are yet to come."""
+    """UDP datagrams at all interfaces of a namespace, also of those that are yet to come; `tcp`:
+    segments, too, whose first octets are those of their header behind the ports.
+    """
 
-    def __init__(self, space: Namespace) -> None:
+    def __init__(self, space: Namespace, *, tcp: bool = False) -> None:
         self._socket = space.call(_packets)
+        self._protocols = (_UDP, _TCP) if tcp else (_UDP,)
 
     def drain(self) -> list[Datagram]:
         """What passed since the last call, oldest first."""
@@ -131,7 +135,7 @@ class Packets:
             except OSError:
                 return seen
             stamps = [_TIMESPEC.unpack(x) for _, kind, x in extra if kind == _SO_TIMESTAMPNS]
-            if stamps and (parsed := _parse(data)):
+            if stamps and (parsed := _parse(data, self._protocols)):
                 when = stamps[0][0] + stamps[0][1] / 1e9 - offset
                 seen.append(Datagram(when, place[0], place[2] == _PACKET_OUTGOING, *parsed))
 
@@ -140,11 +144,27 @@ class Packets:
         self._socket.close()
 
 
-def _parse(data: bytes) -> tuple[tuple[str, int], tuple[str, int], bytes] | None:
-    """Source, target and first octets of an IP packet that is an unfragmented UDP datagram."""
-    if data[:1] and data[0] >> 4 == 4 and len(data) >= 28 and data[9] == _UDP:
+def first_word(seen: Iterable[Datagram], *ignored: int) -> float | None:
+    """When the first packet left for somebody out there: not for a group (mDNS, SSDP), not to ask
+    the own router for a port (PCP), nor to a port that is ignored.
+    """
+    spoken = (
+        one.time
+        for one in seen
+        if one.leaves
+        and one.target[1] not in (PCP_PORT, *ignored)
+        and not (ip_address(one.target[0]).is_multicast or one.target[0].endswith(".255"))
+    )
+    return next(spoken, None)
+
+
+def _parse(
+    data: bytes, protocols: Sequence[int]
+) -> tuple[tuple[str, int], tuple[str, int], bytes] | None:
+    """Source, target and first octets of an IP packet that is not a fragment."""
+    if data[:1] and data[0] >> 4 == 4 and len(data) >= 28 and data[9] in protocols:
         head, source, target = (data[0] & 15) * 4, data[12:16], data[16:20]
-    elif data[:1] and data[0] >> 4 == 6 and len(data) >= 48 and data[6] == _UDP:
+    elif data[:1] and data[0] >> 4 == 6 and len(data) >= 48 and data[6] in protocols:
         head, source, target = 40, data[8:24], data[24:40]
     else:
         return None

@@ -9,7 +9,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from tunnel.errors import LocalError, PrivilegeError, UnreachableError
+from tunnel.errors import (
+    ConfigError,
+    LocalError,
+    MartletError,
+    PrivilegeError,
+    UnreachableError,
+)
 from tunnel.shell.status import control_directory, is_alive
 
 TIMEOUT = 5.0
@@ -59,6 +65,14 @@ class Client:
     def history(self) -> list[dict[str, Any]]:
         """The list of `history --json`."""
         result: list[dict[str, Any]] = self._ask({"command": "history"})["result"]
+        return result
+
+    def reload(self) -> dict[str, list[str]]:
+        """Have the configuration read again; what was new: "added", "removed", "addresses".
+
+        Raises ConfigError when the file is wrong, or wants what a running tunnel cannot do.
+        """
+        result: dict[str, list[str]] = self._ask({"command": "reload"})["result"]
         return result
 
     def down(self) -> None:
@@ -112,7 +126,11 @@ class Client:
         if not isinstance(answer, dict):
             raise self._silent()
         if not answer.get("ok"):
-            kind = UnreachableError if answer.get("unreachable") else LocalError
+            kind: type[MartletError] = LocalError
+            if answer.get("unreachable"):
+                kind = UnreachableError
+            elif answer.get("configuration"):
+                kind = ConfigError
             raise kind(f"tunnel {self.name}: {answer.get('error', 'refused')}")
         return answer
 

@@ -158,6 +158,17 @@ def down(
     output.say(f"tunnel {name} is down")
 
 
+@app.command(epilog="Example: martlet reload mt0")
+def reload(name: Name = None) -> None:
+    """Let a running tunnel take the peers that were added to its config file, or are gone from it.
+
+    Everybody else's sessions go on. What cannot be changed while the tunnel runs is named.
+    """
+    from cli.reload import run
+
+    raise typer.Exit(run(name))
+
+
 @app.command(
     epilog="Example: martlet status  ·  martlet status mt0 --watch  ·  martlet status --json"
 )
@@ -239,6 +250,133 @@ def bench(
     from cli.bench import run
 
     raise typer.Exit(run(peer, seconds, json))
+
+
+@app.command(
+    epilog="Example: martlet rendezvous  ·  sudo martlet rendezvous"
+    " --tls-cert fullchain.pem --tls-key privkey.pem --websocket"
+)
+def rendezvous(
+    listen: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="Listen at this address only.", show_default="all"),
+    ] = None,
+    port: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=65535,
+            metavar="PORT",
+            help="For MQTT.",
+            show_default="1883, with TLS 8883",
+        ),
+    ] = None,
+    tls_cert: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A certificate with its chain (PEM).")
+    ] = None,
+    tls_key: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The certificate's key (PEM).")
+    ] = None,
+    websocket: Annotated[
+        bool,
+        typer.Option(
+            "--websocket", help="Also MQTT over WebSocket, on port 80, or 443 if there is TLS."
+        ),
+    ] = False,
+    websocket_port: Annotated[
+        int | None,
+        typer.Option(min=1, max=65535, metavar="PORT", help="The same, on this port."),
+    ] = None,
+    stun_port: Annotated[
+        int, typer.Option(min=1, max=65535, metavar="PORT", help="For STUN (UDP).")
+    ] = 3478,
+    no_stun: Annotated[bool, typer.Option("--no-stun", help="Without STUN.")] = False,
+    alternate_address: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="A second address of this host, so that others can find out how their NAT"
+            " behaves (RFC 5780). Needs --listen.",
+        ),
+    ] = None,
+    max_clients: Annotated[
+        int, typer.Option(min=1, max=1_000_000, metavar="COUNT", help="Connections at a time.")
+    ] = 10_000,
+    name: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST",
+            help="How hosts reach this one, for what is printed.",
+            show_default="what the certificate says, or the address of the default route",
+        ),
+    ] = None,
+    broker: Annotated[
+        str,
+        typer.Option(
+            metavar="KIND",
+            help="mosquitto, amqtt (in Python, for a few hosts), or auto: what is installed.",
+        ),
+    ] = "auto",
+    json: Json = False,
+) -> None:
+    """Run a meeting point for hosts that cannot reach each other: an MQTT broker, and STUN.
+
+    Prints the lines that each host's config needs, and serves until SIGINT or SIGTERM. There are
+    no accounts: what hosts say to each other is sealed, and strangers can neither listen nor store
+    anything. SIGHUP takes a renewed certificate into use.
+    """
+    from cli.rendezvous import serve
+    from tunnel.shell import log
+
+    log.setup("info")
+    serve(
+        listen=listen,
+        port=port,
+        tls_cert=tls_cert,
+        tls_key=tls_key,
+        websocket=websocket,
+        websocket_port=websocket_port,
+        stun_port=stun_port,
+        no_stun=no_stun,
+        alternate_address=alternate_address,
+        max_clients=max_clients,
+        name=name,
+        broker=broker,
+        json=json,
+    )
+
+
+@app.command(
+    epilog="Example: martlet doctor  ·  martlet doctor mt0"
+    "  ·  martlet doctor --stun stun.example:3478 --json"
+)
+def doctor(
+    config: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[CONFIG.toml|NAME]",
+            help="A config file, or NAME of /etc/martlet/NAME.toml. Without: this host alone.",
+        ),
+    ] = None,
+    json: Json = False,
+    rendezvous: Annotated[
+        list[str] | None,
+        typer.Option(metavar="URL", help="A broker to try, beside those of the config."),
+    ] = None,
+    stun: Annotated[
+        list[str] | None,
+        typer.Option(metavar="HOST:PORT", help="A STUN server to ask, beside those of the config."),
+    ] = None,
+) -> None:
+    """Look for what could be in the way of a tunnel, and say what mends it.
+
+    Checks privileges and the kernel, the config, addresses, routes and clashes, names, NATs, and
+    every server the config names; takes six seconds at most, and leaves running tunnels alone.
+    Exits with 1 when there is a problem.
+    """
+    from cli.doctor import run
+
+    raise typer.Exit(run(config, json=json, rendezvous=rendezvous or (), stun=stun or ()))
 
 
 @app.command(epilog="Example: sudo martlet demo")

@@ -89,11 +89,32 @@ def status(status: dict[str, Any]) -> RenderableType:
         parts += [Text(), paths]
     if copies:
         parts += [Text(), *copies]
+    waits = [
+        Text(f"{peer.get('name')}: {line}")
+        for peer in status.get("peers", [])
+        if peer.get("active_path") is None
+        for line in peer.get("why") or []
+    ]
+    if waits:
+        parts += [Text(), *waits]
+    broker = status.get("rendezvous") or {}
+    if broker.get("url"):
+        parts += [Text(), _broker(broker)]
     engine = status.get("engine") or {}
     if engine.get("libcrypto"):
         line = f"sealed by {engine['libcrypto']}"
         parts += [Text(), Text("; ".join(filter(None, (line, engine.get("advice")))), style="dim")]
     return Group(*parts)
+
+
+def _broker(broker: dict[str, Any]) -> Text:
+    """One line: whether the rendezvous serves us, and if not, why."""
+    line = f"rendezvous {broker['url']}: {broker.get('state', '?')}"
+    if broker.get("rtt_ms") is not None:
+        line += f", {_milliseconds(broker['rtt_ms'])}"
+    if broker.get("state") != "connected" and broker.get("error"):
+        return Text(f"{line}: {broker['error']}", style="yellow")
+    return Text(line, style="dim")
 
 
 def _role(path: dict[str, Any]) -> str:

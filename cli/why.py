@@ -17,7 +17,12 @@ def run(target: str, json: bool) -> int:
     peer = next((entry for entry in status["peers"] if entry["name"] == name), None)
     if peer is None:
         raise LocalError(f"tunnel {tunnel} has no peer {name!r}", remedy="see martlet status")
-    reasons = peer["why"] or [f"{name} is {peer['state']}: there is no session with it yet"]
+    reasons = peer["why"]
+    if peer["active_path"] is None:
+        reasons = [f"{name} is {peer['state']}: there is no session with it yet", *reasons]
+        broker = status.get("rendezvous") or {}
+        if broker.get("error"):
+            reasons.append(f"rendezvous: {broker['error']}")
     if json:
         output.as_json(reasons)
     else:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from ipaddress import ip_network
 from typing import Any
 
+from tunnel.config import IPInterface, PeerConfig
 from tunnel.datapath.engine import Connection, Datapath, Path
 from tunnel.datapath.native.engine import CIPHERS, Report
 from tunnel.events import NodeEvent
+from tunnel.ice.candidate import Relay
 from tunnel.path.network import Address, LocalNetwork, PathKey
 
 
@@ -80,6 +83,11 @@ class FakeNode:
     def port_opened(self, local: Address, now: float) -> None:
         self.calls.append(("port_opened", local))
 
+    def relays_changed(self, relays: tuple[Relay, ...], now: float) -> None:
+        self.calls.append(("relays_changed", relays))
+        for key, path in self.paths.items():
+            self.datapath.aim(path, key)
+
     def endpoints_resolved(self, peer: str, addresses: list[Address], now: float) -> None:
         self.calls.append(("endpoints_resolved", peer, addresses))
 
@@ -115,12 +123,35 @@ class FakeNode:
     ) -> None:
         self.calls.append(("bench_served", peer, token, port, secret, reason))
 
+    def add_addresses(self, addresses: Sequence[IPInterface]) -> None:
+        self.calls.append(("add_addresses", tuple(addresses)))
+
+    def add_peer(self, config: PeerConfig, now: float) -> None:
+        self.calls.append(("add_peer", config.name))
+
+    def remove_peer(self, peer: str, now: float) -> None:
+        self.calls.append(("remove_peer", peer))
+
     def close(self, now: float) -> None:
         self.calls.append(("close",))
 
     def datagrams_to_send(self, now: float) -> list[tuple[PathKey, bytes]]:
         datagrams, self.outgoing = self.outgoing, []
         return datagrams
+
+    meeting = None
+
+    def signaller_connected(self, now: float) -> None:
+        self.calls.append(("signaller_connected",))
+
+    def signaller_disconnected(self, now: float) -> None:
+        self.calls.append(("signaller_disconnected",))
+
+    def signal_received(self, topic: str, payload: bytes, now: float) -> None:
+        self.calls.append(("signal_received", topic, payload))
+
+    def signals_to_send(self, now: float) -> list[tuple[str, bytes]]:
+        return []
 
     def get_timer(self) -> float | None:
         return self.timer

@@ -8,7 +8,15 @@ from types import TracebackType
 
 from tun.errors import TunError
 from tun.netlink import Netlink, NetlinkError, converse
-from tun.plan import AddAddress, AddRoute, BringUp, SetProperties, SilenceIPv6, Step
+from tun.plan import (
+    AddAddress,
+    AddRoute,
+    BringUp,
+    SetProperties,
+    SilenceIPv6,
+    Step,
+    difference,
+)
 
 # RT_SCOPE_LINK (include/uapi/linux/rtnetlink.h): the destination is on the link, no gateway.
 _SCOPE_LINK = 253
@@ -38,6 +46,19 @@ class Applied:
     def __init__(self, steps: tuple[Step, ...], index: int) -> None:
         self._steps = steps
         self._index = index
+
+    def change(self, steps: Iterable[Step]) -> None:
+        """Make `steps` true in place of those that were: only what differs is undone and done.
+
+        When one cannot be done, all is as it was. Raises TunError as `apply` and `undo` do.
+        """
+        after = tuple(steps)
+        gone, new = difference(self._steps, after)
+        if new:
+            converse(lambda netlink: _do_all(netlink, new, self._index))
+        self._steps = after
+        if gone:
+            converse(lambda netlink: _undo_all(netlink, gone, self._index))
 
     def undo(self) -> None:
         """Take back what was done, all of it even where some fails; a second call does nothing.

@@ -121,6 +121,17 @@ def plan(
     )
 
 
+def difference(
+    before: Iterable[Step], after: Iterable[Step]
+) -> tuple[tuple[Step, ...], tuple[Step, ...]]:
+    """What is to be undone (in reverse), and then done, so that one plan becomes the other."""
+    old, new = tuple(before), tuple(after)
+    return (
+        tuple(step for step in old if step not in new),
+        tuple(step for step in new if step not in old),
+    )
+
+
 def check_name(interface: str) -> None:
     """Raises TunError("name") unless Linux takes it as an interface name, literally.
 

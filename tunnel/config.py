@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 from typing import Literal, TypeAlias, TypeVar, cast
+from urllib.parse import urlsplit
 
 import msgspec
 from msgspec import Struct
@@ -63,6 +64,7 @@ __all__ = [
     "Redundancy",
     "RendezvousConfig",
     "TurnConfig",
+    "called",
     "check_own_key",
     "load",
     "loads",
@@ -71,6 +73,7 @@ __all__ = [
 
 CONFIG_DIRECTORY = Path("/etc/martlet")
 
+STUN_PORT = 3478  # RFC 8489 section 18.6
 MINIMUM_MTU_IPV4 = 576  # RFC 791 section 3.2: what every host accepts
 MINIMUM_MTU_IPV6 = 1280  # RFC 8200 section 5: Linux takes IPv6 off an interface below this
 MAXIMUM_MTU = 65535
@@ -149,6 +152,14 @@ class Config(Struct, frozen=True, kw_only=True):
     paths: PathsConfig = PathsConfig()
     file: Path | None = None
 
+    @property
+    def stun_servers(self) -> tuple[Endpoint, ...]:
+        """Those of [ice], or the hosts of the rendezvous, where `martlet rendezvous` runs one."""
+        if self.ice.stun or self.rendezvous is None:
+            return self.ice.stun
+        hosts = [urlsplit(url).hostname for url in self.rendezvous.url]
+        return tuple(dict.fromkeys(Endpoint(host, STUN_PORT) for host in hosts if host))
+
 
 def resolve_config_path(name_or_path: str) -> Path:
     """The file that `up` is given: "NAME" is /etc/martlet/NAME.toml, "x.toml" and "a/b" paths."""
@@ -157,8 +168,18 @@ def resolve_config_path(name_or_path: str) -> Path:
     return CONFIG_DIRECTORY / f"{name_or_path}.toml"
 
 
-def load(path: str | Path) -> Config:
-    """Read and validate a configuration file. Raises ConfigError."""
+def called(path: Path) -> str:
+    """The other way round: what a user gives `up` for this file, NAME if that is enough."""
+    if path.parent == CONFIG_DIRECTORY and path.suffix == ".toml":
+        return path.stem
+    return str(path) if "/" in str(path) or path.suffix == ".toml" else f"./{path}"
+
+
+def load(path: str | Path, *, known_as: Path | None = None) -> Config:
+    """Read and validate a configuration file. Raises ConfigError.
+
+    `known_as`: the path that relative ones inside start from, where it is another.
+    """
     try:
         data = Path(path).read_bytes()
     except FileNotFoundError:
@@ -182,7 +203,7 @@ def load(path: str | Path) -> Config:
             line=data.count(b"\n", 0, error.start) + 1,
             remedy="save it as UTF-8",
         ) from None
-    return loads(text, path)
+    return loads(text, known_as or path)
 
 
 def loads(text: str, file: str | Path) -> Config:

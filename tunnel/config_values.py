@@ -30,6 +30,7 @@ _INTERFACE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_=+.-]{0,14}")
 _PEER_NAME = re.compile(r"[A-Za-z0-9._][A-Za-z0-9._-]*")
 _HOST_LABEL = re.compile(r"(?!-)[A-Za-z0-9-]{1,63}(?<!-)")  # RFC 1123 section 2.1
 _TURN_URL = re.compile(r"turns?:([^?]+)(\?transport=(udp|tcp))?")  # RFC 7065 section 3.1
+_TURN_PORT, _TURNS_PORT = 3478, 5349  # RFC 7065 section 3.2
 MQTT_PORTS = {"mqtt": 1883, "mqtts": 8883, "ws": 80, "wss": 443}
 """Schemes of a broker's URL (MQTT over TCP, TLS, WebSocket, WebSocket in TLS): default ports."""
 _NO_MQTT_URL = "this is not an mqtt://, mqtts://, ws:// or wss:// URL"
@@ -176,13 +177,26 @@ def check_mqtt_url(value: str) -> str:
 
 
 def check_turn_url(value: str) -> str:
+    parse_turn_url(value)
+    return value
+
+
+def parse_turn_url(value: str) -> tuple[Endpoint, tuple[str, ...]]:
+    """Where a TURN server is, and how it is reached, "udp", "tcp" or "tls", in the order of trial.
+
+    Of a turn: URL that does not say, TCP is tried where UDP is not answered.
+    """
     found = _TURN_URL.fullmatch(value)
     if not found:
         raise ValueError("this is not a turn: or turns: URL")
-    # The port is optional here (RFC 7065 section 3.2: 3478, or 5349 for turns).
+    secure = value.startswith("turns:")
+    # The port is optional here (RFC 7065 section 3.2).
     has_port = re.search(r":\d+$", found[1]) and not found[1].endswith("]")
-    Endpoint.parse(found[1] if has_port else f"{found[1]}:3478")
-    return value
+    port = _TURNS_PORT if secure else _TURN_PORT
+    endpoint = Endpoint.parse(found[1] if has_port else f"{found[1]}:{port}")
+    if secure:
+        return endpoint, ("tls",)
+    return endpoint, (found[3],) if found[3] else ("udp", "tcp")
 
 
 def check_interface_pattern(value: str) -> str:

@@ -7,6 +7,9 @@ resolved again, for as long as somebody wants the peer.
 Where the peer may be is known from configuration, or was found since: announced on the link we
 share. What was found is a hint from whoever could send one, so it is few, comes after what is
 configured, is forgotten when the network changes, and nothing is believed but the handshake.
+
+A path on which the peer has answered a check (`tunnel.ice`, after the rendezvous) comes before all
+that are merely written down.
 """
 
 from collections.abc import Callable
@@ -14,17 +17,23 @@ from collections.abc import Callable
 from tunnel.config import PeerConfig
 from tunnel.control import ApplicationError
 from tunnel.events import NodeEvent, ResolveWanted
-from tunnel.path.network import Address, LocalNetwork, PathKey
+from tunnel.ice.candidate import relay_reaches
+from tunnel.path.network import Address, LocalNetwork, PathKey, is_usable_remote
 from tunnel.path.selector import candidates, unique
 from tunnel.quic.control_stream import Session
+from tunnel.surroundings import Surroundings
 
 DIAL_STAGGER = 0.05
 """Seconds between the first Initials on different paths: the best one usually answers first."""
 DIAL_PATHS = 16
 """At once: four uplinks to four addresses. What is beyond has its turn when nobody answered."""
+DIAL_RELAYED = 8
+"""The same, from relays."""
 MAX_PATHS = 100
 MAX_FOUND = 8
 """Addresses that were found: two interfaces, each with IPv4 and some of IPv6."""
+MAX_ANSWERED = 8
+"""Paths on which a check was answered that are remembered: as many as the agent keeps warm."""
 DIAL_TIMEOUT = 5.0
 """Seconds until a handshake that nobody answered is begun anew, names resolved again."""
 HANDSHAKE_PATIENCE = 3.0
@@ -54,7 +63,8 @@ class Dialler:
         self._config = config
         self._make = make
         self._emit = emit
-        self._network, self._port = LocalNetwork(), 0
+        self._surroundings = Surroundings(LocalNetwork(), 0)
+        self._answered: list[PathKey] = []
         self._at: float | None = None
         self._queue: list[tuple[float, PathKey]] = []
         self._resolving = False
@@ -64,7 +74,7 @@ class Dialler:
     @property
     def dialable(self) -> bool:
         """Whether there is anywhere to dial."""
-        return bool(self._config.endpoint or self.found)
+        return bool(self._config.endpoint or self.found or self._answered)
 
     # what the peer wants
 
@@ -98,10 +108,12 @@ class Dialler:
 
     # inputs
 
-    def network_changed(self, network: LocalNetwork, port: int, now: float) -> None:
-        if network != self._network:
+    def network_changed(self, surroundings: Surroundings, now: float) -> None:
+        if surroundings.network != self._surroundings.network:
             self.found = []
-        self._network, self._port = network, port
+        self._surroundings = surroundings
+        usable = {base.address for base in surroundings.bases}
+        self._answered = [key for key in self._answered if key.local in usable]
         self._queue_paths(now)
 
     def endpoints_resolved(self, addresses: list[Address], now: float) -> None:
@@ -117,6 +129,12 @@ class Dialler:
         """In place of what was found before. Whoever tells this says by `want` whether to dial."""
         self.found = unique(addresses)[:MAX_FOUND]
         self._queue_paths(now)
+
+    def path_answered(self, key: PathKey) -> None:
+        """The peer has answered a check there: the newest is the best guess."""
+        self._answered = unique([key, *self._answered])[:MAX_ANSWERED]
+        if self.session is not None and key not in self.session.connection.dial_paths:
+            self.session.connection.add_dial_path(key)
 
     def get_timer(self) -> float | None:
         times = [at for at, _ in self._queue]
@@ -161,12 +179,24 @@ class Dialler:
         self._queue_paths(now)
 
     def _paths(self) -> list[PathKey]:
+        around = self._surroundings
         remotes = unique([*self.resolved, *self.found])
-        found = candidates(self._network, self._port, remotes, limit=MAX_PATHS)
-        if len(found) <= DIAL_PATHS:
-            return found
-        first = self._unanswered * DIAL_PATHS % len(found)
-        return [*found[first:], *found[:first]][:DIAL_PATHS]
+        written = candidates(around.network, around.port, remotes, limit=MAX_PATHS)
+        found = unique([*self._answered, *written])
+        if len(found) > DIAL_PATHS:
+            first = self._unanswered * DIAL_PATHS % len(found)
+            found = [*found[first:], *found[:first]][:DIAL_PATHS]
+        return unique([*found, *self._relayed()[:DIAL_RELAYED]])
+
+    def _relayed(self) -> list[PathKey]:
+        """From our relays, for a host whose network lets UDP pass to nobody."""
+        relays = [base for base in self._surroundings.bases if base.relay]
+        return [
+            PathKey(base.address, remote)
+            for remote in self.resolved
+            for base in sorted(relays, key=lambda base: base.rank)
+            if is_usable_remote(remote.host) and relay_reaches(base.address, remote)
+        ]
 
     def _queue_paths(self, now: float) -> None:
         if self.session is None:

@@ -8,8 +8,9 @@
     │   └── PrivilegeError         4   this process may not do what was asked of it
     ├── PeerError                  1   the peer's: it broke the protocol, or is not who it should be
     │   └── control.ControlError   1   a malformed message on the control stream
-    └── NetworkError               1   the network's
-        └── UnreachableError       5   no path to the peer
+    ├── NetworkError               1   the network's
+    │   └── UnreachableError       5   no path to the peer
+    └── rendezvous.code.CodeError  2   the user's: what was given is no invitation's code
 
 The numbers are the exit codes of the command line. `str(error)` is one line fit to be shown to the
 user: what is wrong, then the remedy.

@@ -8,16 +8,19 @@ import errno
 import hmac
 import random
 from collections import deque
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, TextIO
 
+from msgspec import structs
+
 from tunnel.benches import BENCH_FEATURE
-from tunnel.config import Config
+from tunnel.config import Config, IPInterface, IPNetwork, PeerConfig
 from tunnel.control import PROTOCOL_VERSION, ApplicationError, Hello
 from tunnel.datapath.engine import Connection, Datapath
 from tunnel.events import NodeEvent, PeerRefused, PortUnwanted, ResolveWanted
 from tunnel.ice.agent import Agent
-from tunnel.ice.candidate import Base
+from tunnel.ice.candidate import MAX_RANK, Base, Relay
 from tunnel.ice.check import looks_like_stun, username_of
 from tunnel.ice.gather import Gatherer
 from tunnel.identity import Identity
@@ -36,7 +39,8 @@ from tunnel.quic.configuration import connection_configuration
 from tunnel.quic.connection import PeerConnection
 from tunnel.quic.control_stream import CidIssued, CidRetired, Ended, Said, Session
 from tunnel.quic.logging import StreamLogger
-from tunnel.roaming import Surroundings
+from tunnel.rendezvous.meeting import Meeting, Offered
+from tunnel.surroundings import Surroundings
 
 STRANGER_PATIENCE = 5.0
 """Seconds until a handshake that somebody began with us must have shown its Hello."""
@@ -77,11 +81,13 @@ class Node:
         self._max_packets_per_key = max_packets_per_key
         self._own_key = identity.public_key.raw
         self._reset_secret = identity.derive(b"martlet stateless reset", 32)
+        self._wall_offset = wall_offset
         self._door = Door(self._own_key, rng.randbytes(16))
         self._events: deque[NodeEvent] = deque()
         self.datapath = Datapath(peer.allowed_ips for peer in config.peers)
         self._ledger = Ledger()
         self._surroundings = Surroundings(LocalNetwork(), 0)
+        self._relays: tuple[Relay, ...] = ()
         self._extra: dict[Address, float] = {}  # further local ports, and when each was in use last
         self._by_cid: dict[bytes, Session] = {}
         self._owners: dict[Session, Peer | None] = {}
@@ -95,36 +101,95 @@ class Node:
             "resets_sent": 0,
             "send_errors": 0,
         }
-        hello = Hello(
+        self._hello = Hello(
             version=PROTOCOL_VERSION,
             features=FEATURES,
             addresses=tuple(str(a.ip) for a in config.interface.address),
             boot_id=boot_id,
         )
-        forbidden = [a.network for a in config.interface.address]
-        forbidden += [network for peer in config.peers for network in peer.allowed_ips]
-        advertise = [Address(str(e.ip), e.port) for e in config.ice.advertise if e.ip is not None]
+        self._addresses = config.interface.address
+        self._advertise = [
+            Address(str(e.ip), e.port) for e in config.ice.advertise if e.ip is not None
+        ]
         self._gatherer = Gatherer(rng)
+        self._mapped: dict[Address, Address] = {}
         self.peers: dict[str, Peer] = {}
+        self._places: dict[str, int] = {}  # of each peer, in the datapath
+        forbidden = self._forbidden(config.peers)
         for owner, peer_config in enumerate(config.peers):
-            self.peers[peer_config.name] = Peer(
-                peer_config,
-                agent=Agent(rng=rng, advertise=advertise, forbidden=forbidden),
-                redundancy=config.paths.redundancy,
-                lane=self.datapath.lane(owner, rng.getrandbits(64)),
-                ledger=self._ledger,
-                own_key=self._own_key,
-                dialable=config.interface.listen_port is not None,
-                hello=hello,
-                rng=rng,
-                wall_offset=wall_offset,
-                dial=self._dial,
-                emit=self._events.append,
-            )
+            self.peers[peer_config.name] = self._peer(peer_config, owner, forbidden)
         self._by_key = {peer.config.public_key.raw: peer for peer in self.peers.values()}
+        self.meeting: Meeting | None = None
+        """Through the brokers of [rendezvous]."""
+        if config.rendezvous is not None:
+            self.meeting = Meeting(identity, self._by_key, boot_id=boot_id, rng=rng)
         self._started = False
 
+    def _peer(self, config: PeerConfig, owner: int, forbidden: Sequence[IPNetwork]) -> Peer:
+        self._places[config.name] = owner
+        return Peer(
+            config,
+            agent=Agent(rng=self._rng, advertise=self._advertise, forbidden=forbidden),
+            redundancy=self._config.paths.redundancy,
+            lane=self.datapath.lane(owner, self._rng.getrandbits(64)),
+            ledger=self._ledger,
+            own_key=self._own_key,
+            dialable=self._config.interface.listen_port is not None,
+            hello=self._hello,
+            rng=self._rng,
+            wall_offset=self._wall_offset,
+            dial=self._dial,
+            emit=self._events.append,
+        )
+
+    def _forbidden(self, peers: Iterable[PeerConfig]) -> list[IPNetwork]:
+        """Where no peer is to be sought: the tunnel's own networks, and those routed into it."""
+        forbidden: list[IPNetwork] = [address.network for address in self._addresses]
+        return forbidden + [network for peer in peers for network in peer.allowed_ips]
+
     # inputs
+
+    def add_addresses(self, addresses: Sequence[IPInterface]) -> None:
+        """This host has these inside the tunnel, too. Peers that are added later hear of them."""
+        self._addresses += tuple(addresses)
+        hello = [*self._hello.addresses, *(str(address.ip) for address in addresses)]
+        self._hello = structs.replace(self._hello, addresses=tuple(dict.fromkeys(hello)))
+        self._forbid()
+
+    def add_peer(self, config: PeerConfig, now: float) -> None:
+        """A further peer, of a name and key that no other has. Sessions with others go on."""
+        if self.meeting is not None:
+            self.meeting.add_peer(config.public_key.raw)
+        owner = self.datapath.allow(config.allowed_ips)
+        peer = self._peer(config, owner, ())
+        self.peers[config.name] = self._by_key[config.public_key.raw] = peer
+        self._forbid()
+        if self.meeting is not None:
+            self.meeting.add_peer(config.public_key.raw)
+        if self._started:
+            peer.network_changed(self._surroundings, now)
+            peer.roaming.agent.reflexive_changed(self._gatherer.mapped(), now)
+            peer.roaming.agent.mapped_ports_changed(self._mapped, now)
+            peer.start(now)
+
+    def remove_peer(self, name: str, now: float) -> None:
+        """A peer is not wanted any more: its sessions are closed, its packets go nowhere."""
+        peer = self.peers.pop(name)
+        key = peer.config.public_key.raw
+        del self._by_key[key]
+        if self.meeting is not None:
+            self.meeting.remove_peer(key)
+        self.datapath.disallow(self._places.pop(name))
+        peer.leave()
+        for session, owner in self._owners.items():
+            if owner is peer and not session.connection.is_closed:
+                session.close(ApplicationError.GOODBYE, "removed from the configuration")
+        self._forbid()
+
+    def _forbid(self) -> None:
+        forbidden = self._forbidden(peer.config for peer in self.peers.values())
+        for peer in self.peers.values():
+            peer.roaming.agent.forbidden_changed(forbidden)
 
     def receive_datagram(self, data: bytes, path: PathKey, now: float) -> None:
         if looks_like_stun(data):
@@ -168,37 +233,59 @@ class Node:
         bases = self._bases(network, port)
         self._surroundings = Surroundings(network, port, bases)
         self._gatherer.bases_changed(network, bases, now)
-        for session in self._owners:
-            for path in session.connection.paths():
-                self.datapath.aim(path.metrics, path.addr)  # sockets came and went
+        self._aim()
         for peer in self.peers.values():
             peer.network_changed(self._surroundings, now)
             if not self._started:
                 peer.start(now)
-        if not self._started and self._config.ice.stun:
-            self._events.append(ResolveWanted(STUN_SERVERS, self._config.ice.stun))
+        servers = self._config.stun_servers
+        if servers and not (self._started and all(server.ip for server in servers)):
+            self._events.append(ResolveWanted(STUN_SERVERS, servers))  # names may mean others here
         self._started = True
 
     def port_opened(self, local: Address, now: float) -> None:
         """The answer to PortWanted: there is a socket on this address and port, too."""
         self._extra[local] = now
-        self._ports_changed(now)
+        self._sockets_changed(now)
+
+    def relays_changed(self, relays: tuple[Relay, ...], now: float) -> None:
+        """These are all addresses that TURN servers relay to us; `network_changed` comes before the
+        first."""
+        self._relays = relays
+        self._sockets_changed(now)
 
     def endpoints_resolved(self, peer: str, addresses: list[Address], now: float) -> None:
         if peer == STUN_SERVERS:
             self._gatherer.servers_resolved(addresses, now)
-        else:
+        elif peer in self.peers:
             self.peers[peer].endpoints_resolved(addresses, now)
 
     def mapped_ports_changed(self, mapped: dict[Address, Address], now: float) -> None:
         """By local socket, the external addresses that routers have mapped to it, in full."""
+        self._mapped = mapped
         for peer in self.peers.values():
             peer.roaming.agent.mapped_ports_changed(mapped, now)
             peer.poll(now)
 
     def endpoints_found(self, peer: str, addresses: list[Address], now: float) -> None:
         """Where a peer seems to be, in place of what was found before; hints, unauthenticated."""
-        self.peers[peer].endpoints_found(addresses, now)
+        if peer in self.peers:
+            self.peers[peer].endpoints_found(addresses, now)
+
+    def signaller_connected(self, now: float) -> None:
+        """A broker serves us, and our topics are subscribed to."""
+        if self.meeting is not None:
+            self.meeting.connected(now)
+
+    def signaller_disconnected(self, now: float) -> None:
+        if self.meeting is not None:
+            self.meeting.disconnected(now)
+
+    def signal_received(self, topic: str, payload: bytes, now: float) -> None:
+        """A message of the broker, which may be anything."""
+        if self.meeting is not None:
+            self.meeting.receive(topic, payload, now)
+            self._take_offers(now)
 
     def send_failed(self, path: PathKey, error: int, now: float) -> None:
         self.counters["send_errors"] += 1
@@ -225,7 +312,8 @@ class Node:
         self, peer: str, token: int, port: int, secret: bytes, reason: str, now: float
     ) -> None:
         """The shell's answer to `BenchWanted`."""
-        self.peers[peer].bench_served(token, port, secret, reason)
+        if peer in self.peers:
+            self.peers[peer].bench_served(token, port, secret, reason)
 
     def handle_timer(self, now: float) -> None:
         for session in list(self._owners):
@@ -244,6 +332,8 @@ class Node:
         self._expire_ports(now)
         self._gatherer.handle_timer(now)
         self._share_mapped(now)
+        if self.meeting is not None:
+            self.meeting.handle_timer(now)
 
     def close(self, now: float) -> None:
         """Say goodbye to everybody; `closed` tells when the last datagrams were handed out."""
@@ -271,6 +361,20 @@ class Node:
             self._after(session, now)
         return out
 
+    def signals_to_send(self, now: float) -> list[tuple[str, bytes]]:
+        """Topics and payloads for the broker. To be drained last: what else was done may matter."""
+        if self.meeting is None:
+            return []
+        seeking = False
+        for peer in self.peers.values():
+            key = peer.config.public_key.raw
+            wanted = peer.seeking and self._closing_at is None
+            seeking = seeking or wanted
+            self.meeting.tell(key, peer.offer(), now)
+            self.meeting.want(key, wanted, now)
+        self._gatherer.busy(seeking)
+        return self.meeting.messages_to_send(now)
+
     def packets_to_write(self) -> list[bytes]:
         return self.datapath.take_delivered()
 
@@ -283,7 +387,8 @@ class Node:
             if owner is None and not session.connection.is_closed:
                 times.append(self._stranger_expires(session))
         times += [at for peer in self.peers.values() if (at := peer.get_timer()) is not None]
-        others = (self._gatherer.get_timer(), self._ports_expire_at())
+        meeting = self.meeting.get_timer() if self.meeting is not None else None
+        others = (self._gatherer.get_timer(), self._ports_expire_at(), meeting)
         times += [at for at in others if at is not None]
         return min(times) if times else None
 
@@ -299,9 +404,14 @@ class Node:
             "interface": self._config.interface.name,
             "public_key": self._identity.public_key.openssh,
             "listen_port": self._surroundings.port,
-            "peers": [peer.status(now) for peer in self.peers.values()],
+            "peers": [peer.status(now, self._met(peer, now)) for peer in self.peers.values()],
             "counters": {**self.counters, "unroutable_packets": self.datapath.unroutable},
+            **({"rendezvous": self.meeting.counters} if self.meeting is not None else {}),
         }
+
+    def _met(self, peer: Peer, now: float) -> dict[str, Any] | None:
+        key = peer.config.public_key.raw
+        return None if self.meeting is None else self.meeting.status(key, now)
 
     def history(self) -> list[dict[str, Any]]:
         return self._ledger.to_builtins()
@@ -317,16 +427,32 @@ class Node:
             ports += [extra.port for extra in self._extra if extra.host == local.ip]
             spared = any(fnmatchcase(local.interface, pattern) for pattern in metered)
             found += [
-                Base(Address(local.ip, each), local.interface, spared, min(ranks[local], 255))
+                Base(Address(local.ip, each), local.interface, spared, min(ranks[local], MAX_RANK))
                 for each in ports
             ]
+            found += [
+                Base(
+                    relay.address, local.interface, spared, min(ranks[local], MAX_RANK),
+                    relay=True, via=local.ip,
+                )
+                for relay in self._relays
+                if (relay.ip, relay.interface) == (local.ip, local.interface)
+            ]  # fmt: skip
         return tuple(found)
 
-    def _ports_changed(self, now: float) -> None:
+    def _sockets_changed(self, now: float) -> None:
+        """There are more or fewer sockets, or relays, on the same addresses."""
         network, port = self._surroundings.network, self._surroundings.port
         self._surroundings = Surroundings(network, port, self._bases(network, port))
+        self._aim()
         for peer in self.peers.values():
-            peer.roaming.ports_changed(self._surroundings, now)
+            peer.sockets_changed(self._surroundings, now)
+
+    def _aim(self) -> None:
+        """Sockets came and went."""
+        for session in self._owners:
+            for path in session.connection.paths():
+                self.datapath.aim(path.metrics, path.addr)
 
     def _ports_expire_at(self) -> float | None:
         """When the first further port that nobody uses is given back."""
@@ -343,14 +469,14 @@ class Node:
             if local not in used and now >= used_at + PORT_TRIAL:
                 del self._extra[local]
                 self._events.append(PortUnwanted(local))
-        self._ports_changed(now)
+        self._sockets_changed(now)
 
     def _receive_stun(self, data: bytes, path: PathKey, now: float) -> None:
         """A check of a peer, an answer to one of ours, or of a server; from strangers: silence."""
         username = username_of(data)
         for peer in self.peers.values():
             agent = peer.roaming.agent
-            if username is not None and username.partition(":")[0] != agent.local_ufrag:
+            if username is not None and not agent.answers_to(username.partition(":")[0]):
                 continue
             if agent.receive(data, path, now):
                 peer.poll(now)
@@ -364,6 +490,11 @@ class Node:
         while self._gatherer.next_event() is not None:
             for peer in self.peers.values():
                 peer.roaming.agent.reflexive_changed(self._gatherer.mapped(), now)
+
+    def _take_offers(self, now: float) -> None:
+        while self.meeting is not None and (event := self.meeting.next_event()) is not None:
+            if isinstance(event, Offered):
+                self._by_key[event.peer].offered(event, now)
 
     # sessions
 

@@ -13,6 +13,7 @@ process may have restarted. The first to answer wins.
 import random
 from base64 import b64encode
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from tunnel import report
@@ -40,13 +41,16 @@ from tunnel.events import (
     PingReply,
 )
 from tunnel.ice.agent import Agent
-from tunnel.ice.candidate import Candidate, Kind
+from tunnel.ice.candidate import candidate_of
 from tunnel.ice.check import Credentials
 from tunnel.ledger import Ledger
 from tunnel.path.liveness import HOLD_AFTER, NAT_KEEPALIVE
 from tunnel.path.network import Address, PathKey
 from tunnel.quic.control_stream import Ended, Greeted, Said, Session
-from tunnel.roaming import Roaming, Surroundings
+from tunnel.rendezvous.meeting import Offered
+from tunnel.rendezvous.messages import Offer
+from tunnel.roaming import Roaming
+from tunnel.surroundings import Surroundings
 
 REFUSED_BACKOFF = 5.0
 """Seconds until a peer that turned us away is tried again: somebody must edit a file first."""
@@ -58,6 +62,7 @@ ASK_AGAIN = 0.3
 """Seconds between two questions to a peer that is heard again while we hold."""
 
 ICE_LABEL = b"EXPORTER-martlet-ice"
+UFRAG_LENGTH, PASSWORD_LENGTH = 8, 16  # random bytes; RFC 8445 section 5.3 wants 24 and 128 bits
 HELLO_VERSION = 1
 APPLICATION_ERROR = 0x0C
 """What an application's close looks like before the handshake is done (RFC 9000 section 10.2.3)."""
@@ -100,6 +105,7 @@ class Peer:
             emit=emit,
             hold=self._hold,
             revive=self._revive,
+            answered=self._path_answered,
         )
         self._ledger = ledger
         self._hello = hello
@@ -107,6 +113,13 @@ class Peer:
         self._smaller = own_key < config.public_key.raw
         # Nobody can dial a port that nobody knows.
         self._waits = dialable and not self._smaller
+        self._words = Credentials(
+            _ice_chars(rng.randbytes(UFRAG_LENGTH)),
+            _ice_chars(rng.randbytes(PASSWORD_LENGTH)),
+            "",
+            "",
+        )
+        """Ours for the rendezvous, as long as this process lives."""
         self._revived_at = 0.0
         self._held_at = 0.0
         self._ask_after = 0.0
@@ -125,10 +138,15 @@ class Peer:
 
     def network_changed(self, surroundings: Surroundings, now: float) -> None:
         """A full snapshot of what this host can send from."""
-        self.dialler.network_changed(surroundings.network, surroundings.port, now)
+        self.dialler.network_changed(surroundings, now)
         if self.session is None:
             self.dialler.hurry(now)
         self.roaming.network_changed(surroundings, now)
+
+    def sockets_changed(self, surroundings: Surroundings, now: float) -> None:
+        """There are more or fewer sockets, or relays, on the same addresses."""
+        self.dialler.network_changed(surroundings, now)
+        self.roaming.sockets_changed(surroundings, now)
 
     def endpoints_resolved(self, addresses: list[Address], now: float) -> None:
         self.dialler.endpoints_resolved(addresses, now)
@@ -175,6 +193,14 @@ class Peer:
             if session is not None and session.said_hello:
                 session.say(Goodbye(reason=reason))
 
+    def leave(self) -> None:
+        """This peer is not wanted any more. Its sessions are closed by whoever says so, and what
+        becomes of them is of no interest to anybody."""
+        self._emit = _nobody
+        self.dialler.cancel()
+        self.roaming.agent.stop()
+        self.lane.hold()
+
     def reset(self, session: Session, now: float) -> None:
         """The peer says, unforgeably, that it does not know this connection."""
         if session is self.session:
@@ -218,6 +244,42 @@ class Peer:
             self._on_ended(session, event, now)
         elif session is self.session:
             self.roaming.on_path_event(event, now)
+
+    # the rendezvous
+
+    @property
+    def seeking(self) -> bool:
+        """Whether the rendezvous could help: there is no session, or none of its paths works."""
+        return self.session is None or self.state == "holding" or self.roaming.stranded
+
+    def offer(self) -> Offer:
+        """What the peer is to be told of us."""
+        generation, candidates = self.roaming.agent.candidates()
+        return Offer(self._words.local_ufrag, self._words.local_password, generation, candidates)
+
+    def offered(self, offered: Offered, now: float) -> None:
+        """The peer's own such word, signed by it."""
+        session = self.session
+        hello = session.hello if session is not None else None
+        if session is not None and hello is not None and hello.boot_id != offered.boot_id:
+            # Another process of the peer than the one of the session, before or after it.
+            session.connection.nudge()
+            if not offered.fresh or not self.seeking:
+                return
+            self._lose_session(now)
+        theirs = offered.offer
+        self.roaming.agent.meet(
+            replace(self._words, remote_ufrag=theirs.ufrag, remote_password=theirs.password),
+            theirs.generation,
+            theirs.candidates,
+            now,
+            fresh=offered.fresh,
+        )
+        self.poll(now)
+
+    def _path_answered(self, key: PathKey, now: float) -> None:
+        self.dialler.path_answered(key)
+        self.dialler.want(now + (0.0 if self._smaller else COURTESY_WAIT))
 
     def _say_hello(self, session: Session) -> None:
         session.said_hello = True
@@ -267,7 +329,8 @@ class Peer:
                 self.roaming.agent.observed(session.active.local, observed, now)
         elif isinstance(message, Candidates):
             if session is self.session:
-                self.roaming.agent.remote_candidates(message.generation, _read(message), now)
+                candidates = list(map(candidate_of, message.candidates))
+                self.roaming.agent.remote_candidates(message.generation, candidates, now)
         elif isinstance(message, Goodbye) and session is self.session:
             self._lose_session(now)
             self.dialler.want(now + 1.0)
@@ -332,10 +395,10 @@ class Peer:
 
     def poll(self, now: float) -> None:
         """Look at the state after any input."""
+        self.roaming.poll(now)
         session = self.session
         if session is None or not session.connection.is_open:
             return
-        self.roaming.poll(now)
         if self.state != "holding":
             return
         heard = session.connection.heard_at or 0.0
@@ -377,9 +440,11 @@ class Peer:
 
     # status
 
-    def status(self, now: float) -> dict[str, Any]:
-        """This peer's part of `status --json`; times in milliseconds, sizes in bytes."""
+    def status(self, now: float, meeting: dict[str, Any] | None = None) -> dict[str, Any]:
+        """This peer's part of `status --json`; times in milliseconds, sizes in bytes. `meeting` is
+        what the rendezvous knows of it."""
         session = self.session
+        agent = self.roaming.agent
         return {
             "name": self.name,
             "public_key": self.config.public_key.openssh,
@@ -387,7 +452,12 @@ class Peer:
             "active_path": str(session.active) if session is not None else None,
             "observed_address": self.observed,
             "paths": report.paths(session, self.roaming) if session is not None else [],
-            "why": report.why(session, self.roaming, now) if session is not None else [],
+            "why": (
+                report.why(session, self.roaming, now)
+                if session is not None
+                else report.obstacles(self.config.endpoint, agent, meeting, self.dialler.resolved)
+            ),
+            "rendezvous": meeting,
             "migrations": self._ledger.count(self.name),
             "counters": {
                 **self.lane.counters,
@@ -399,12 +469,16 @@ class Peer:
         }
 
 
+def _nobody(event: NodeEvent) -> None:
+    """Is told."""
+
+
 def _credentials(session: Session) -> Credentials:
     """Of the checks beside this connection: both ends derive the same, nobody else can."""
 
     def of(role: bytes) -> tuple[str, str]:
-        material = session.connection.export(ICE_LABEL, role, 24)
-        return _ice_chars(material[:8]), _ice_chars(material[8:])
+        material = session.connection.export(ICE_LABEL, role, UFRAG_LENGTH + PASSWORD_LENGTH)
+        return _ice_chars(material[:UFRAG_LENGTH]), _ice_chars(material[UFRAG_LENGTH:])
 
     mine, theirs = (
         (b"client", b"server") if session.connection.is_client else (b"server", b"client")
@@ -415,10 +489,3 @@ def _credentials(session: Session) -> Credentials:
 def _ice_chars(data: bytes) -> str:
     """The ice-char alphabet of RFC 8839 section 5.4 is that of base64."""
     return b64encode(data).decode().rstrip("=")
-
-
-def _read(message: Candidates) -> list[Candidate]:
-    return [
-        Candidate(Address.parse(c.address), Kind(c.kind), c.rank, c.metered)
-        for c in message.candidates
-    ]

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from tunnel.config import Endpoint
+from tunnel.ice.agent import Agent
+from tunnel.ice.candidate import Kind
 from tunnel.ice.pair import Pair, PairState
-from tunnel.path.network import PathKey
+from tunnel.path.network import Address, PathKey
 from tunnel.path.selector import Facts, clearly_better, order, why_before
 from tunnel.quic.control_stream import Session
 from tunnel.quic.paths import NetworkPath
@@ -77,3 +81,50 @@ def _against(path: Facts, active: Facts) -> str:
     if order([path, active])[0] is active:
         return f"not in use: {why_before(active, path, one='the one in use', other='it')}"
     return f"a little better ({why_before(path, active)}), but not enough to move for"
+
+
+def obstacles(
+    endpoints: Sequence[Endpoint],
+    agent: Agent,
+    meeting: Mapping[str, Any] | None,
+    resolved: Collection[Address],
+) -> list[str]:
+    """Sentences: why there is no session with a peer yet. `meeting` is its part of the rendezvous'
+    status, None without one."""
+    lines: list[str] = []
+    if endpoints:
+        names = ", ".join(map(str, endpoints))
+        lines.append(
+            f"it was dialled at {names}, and did not answer so far"
+            if resolved
+            else f"no address is known for {names}: does the name resolve here?"
+        )
+    if meeting is None:
+        if not endpoints:
+            lines.append(
+                "it has no endpoint here, and there is no [rendezvous]: it has to dial us, or to be"
+                " on the same link"
+            )
+        return lines
+    if not meeting["connected"]:
+        return [*lines, "no broker of [rendezvous] serves us at the moment"]
+    if meeting["heard_s"] is None:
+        return [
+            *lines,
+            "it was not heard of at the rendezvous: is martlet up there, with the same broker, and"
+            " our key?",
+        ]
+    lines.append(f"it was heard of at the rendezvous {meeting['heard_s']:.0f} s ago")
+    pairs = agent.pairs()
+    relayed = any(pair.kind is Kind.RELAY for pair in pairs)
+    lines.append(
+        f"none of {len(pairs)} ways to it answers: UDP may be blocked, or the NATs of both ends are"
+        " of the hard kind; "
+        + (
+            "the relay does not answer either"
+            if relayed
+            else "a relay would connect you ([ice] turn)"
+        )
+        + "; martlet doctor tells more"
+    )
+    return lines

@@ -26,10 +26,10 @@ from dataclasses import dataclass, replace
 
 from tunnel.books import Books
 from tunnel.config import Redundancy
-from tunnel.control import CandidateEntry, Candidates, Observed
+from tunnel.control import Candidates, Observed
 from tunnel.events import NodeEvent, PortWanted
 from tunnel.ice.agent import Agent
-from tunnel.ice.candidate import Base, Kind
+from tunnel.ice.candidate import Kind, entry_of
 from tunnel.ice.events import CandidatesChanged, PairAnswered, PairDown, PairUp
 from tunnel.ice.pair import PairState
 from tunnel.ledger import Ledger, Trigger
@@ -47,6 +47,7 @@ from tunnel.path.selector import (
 from tunnel.path.suspicion import Suspicion
 from tunnel.quic.control_stream import Session
 from tunnel.quic.events import MoveContested, PathFailed, PathRefused, PathValidated, PeerMoved
+from tunnel.surroundings import Surroundings
 
 REASK_INTERVAL = 0.3
 REASK_LIMIT = 2.0
@@ -64,16 +65,6 @@ QUIET = 3.0
 
 
 @dataclass(frozen=True, slots=True)
-class Surroundings:
-    """What a peer knows of its host; one object, shared by all peers of a node."""
-
-    network: LocalNetwork
-    port: int
-    bases: tuple[Base, ...] = ()
-    """The sockets on its addresses."""
-
-
-@dataclass(frozen=True, slots=True)
 class Wish:
     """A path that would be clearly better than the active one."""
 
@@ -87,7 +78,8 @@ class Wish:
 class Roaming:
     """The paths of one peer's session. All times are the monotonic seconds the shell passes in.
 
-    `hold` and `revive` are told when there is no way at all, and when there may be one again.
+    `hold` and `revive` are told when there is no way at all, and when there may be one again;
+    `answered`, of paths on which a check was answered while there is no session.
     """
 
     def __init__(
@@ -102,6 +94,7 @@ class Roaming:
         emit: Callable[[NodeEvent], None],
         hold: Callable[[float], None],
         revive: Callable[[float], None],
+        answered: Callable[[PathKey, float], None],
     ) -> None:
         self.agent = agent
         self.surroundings = Surroundings(LocalNetwork(), 0)
@@ -114,6 +107,7 @@ class Roaming:
         self._emit = emit
         self._hold = hold
         self._revive = revive
+        self._path_answered = answered
         self._session: Session | None = None
         self._configured: list[Address] = []
         self._suspicion: Suspicion | None = None
@@ -155,6 +149,14 @@ class Roaming:
         return self._suspicion is not None
 
     @property
+    def stranded(self) -> bool:
+        """Whether no path is known to work: the active one may be dead, and no other answered."""
+        suspicion = self._suspicion
+        return self._pathless_since is not None or (
+            suspicion is not None and not suspicion.answered
+        )
+
+    @property
     def _open(self) -> Session | None:
         session = self._session
         return session if session is not None and session.connection.is_open else None
@@ -177,13 +179,9 @@ class Roaming:
         if session is None:
             return
         connection, active = session.connection, session.active
-        usable = {address.ip for address in surroundings.network.addresses}
-        for path in connection.paths():
-            if path.addr.local.host not in usable and path is not connection.active:
-                connection.leave(path.addr)
-        sources = surroundings.network.sources(active.remote.host)
+        self._leave_lost(session)
         self._take_events(now)
-        if any(address.ip == active.local.host for address in sources):
+        if surroundings.carries(active):
             self._pathless_since = None
             connection.path_event(now)
             self._revive(now)
@@ -195,11 +193,25 @@ class Roaming:
         self.agent.check_now(now)
         self._arrange(now)
 
-    def ports_changed(self, surroundings: Surroundings, now: float) -> None:
-        """There are more or fewer sockets on the same addresses."""
+    def sockets_changed(self, surroundings: Surroundings, now: float) -> None:
+        """There are more or fewer sockets, or relays, on the same addresses."""
         self.surroundings = surroundings
         self.agent.bases_changed(surroundings.network, surroundings.bases, now)
+        session = self._open
+        if session is None:
+            return
+        self._leave_lost(session)
         self._take_events(now)
+        if self._pathless_since is None and not surroundings.carries(session.active):
+            self._flee(session, now)
+            self._arrange(now)
+
+    def _leave_lost(self, session: Session) -> None:
+        """Paths from where we cannot send any more."""
+        connection = session.connection
+        for path in connection.paths():
+            if path is not connection.active and not self.surroundings.has(path.addr.local):
+                connection.leave(path.addr)
 
     def resumed(self, now: float) -> None:
         """The host or the process slept: whatever was known about paths is old."""
@@ -311,8 +323,7 @@ class Roaming:
         """The address that the active path sends from is gone, or has no route any more."""
         connection, active = session.connection, session.active
         network, port = self.surroundings.network, self.surroundings.port
-        usable = {address.ip for address in network.addresses}
-        ordered = [p for p in order(self.facts(now)) if p.key.local.host in usable]
+        ordered = [p for p in order(self.facts(now)) if self.surroundings.has(p.key.local)]
         warm = [path.key for path in ordered if path.warm and path.key != active]
         target = warm[0] if warm else best_from(network, port, self._remotes(session))
         if target is None:
@@ -320,9 +331,11 @@ class Roaming:
             connection.path_event(now)
             self._hold(now)
             return
-        left = self._interface_of.get(active.local.host, "its interface")
+        left = self._interface_of.get(active.local.host)
         if self._pathless_since is not None and now > self._pathless_since + PAUSE:
             trigger, reason = Trigger.NO_PATH, "it is the first path after a time without any"
+        elif left is None:
+            trigger, reason = Trigger.ADDRESS_GONE, f"the relay {active.local} is gone"
         elif any(a.interface == left for a in network.addresses):
             trigger, reason = Trigger.ADDRESS_GONE, f"{active.local.host} is gone from {left}"
         else:
@@ -331,8 +344,9 @@ class Roaming:
         self._pathless_since = None
         self._move(session, target, trigger, reason, at=at, detected=now, now=now)
         connection.leave(active)
-        if len(warm) > 1:
-            # The other end may have lost the same path at the same moment: do not wait for silence.
+        if len(warm) != 1:
+            # The other end may have lost the same path at the same moment, or all it had: do not
+            # wait for silence.
             self._doubt(session, trigger, silent_since=now, now=now)
 
     def _peer_moved(self, session: Session, event: PeerMoved, now: float) -> None:
@@ -379,6 +393,7 @@ class Roaming:
                 pair.key,
                 warm=pair.state is PairState.WARM,
                 relayed=pair.kind is Kind.RELAY,
+                source=pair.source,
                 metered=pair.metered,
                 rank=rank,
                 rtt=pair.rtt,
@@ -402,6 +417,9 @@ class Roaming:
     def _rank(self, key: PathKey) -> int:
         """Equal routes, equal ranks, as the peer is told: ends that do not rank alike would each
         move the other away from the path it prefers."""
+        relay = self.surroundings.relay(key.local)
+        if relay is not None:
+            return relay.rank
         places = self.surroundings.network.places(key.remote.host)
         return places.get(key.local.host, len(places))
 
@@ -533,6 +551,8 @@ class Roaming:
         changed = False
         while (event := self.agent.next_event()) is not None:
             if session is None:
+                if isinstance(event, PairUp) and self._session is None:
+                    self._path_answered(event.key, now)
                 continue
             if isinstance(event, PairUp | PairAnswered):
                 pair = self.agent.pair(event.key)
@@ -572,10 +592,10 @@ class Roaming:
 
     def poll(self, now: float) -> None:
         """Look at the state: progress, confirmations, answers, verdicts."""
+        self._take_events(now)
         session = self._open
         if session is None:
             return
-        self._take_events(now)
         progress = session.connection.active.metrics.last_progress_at
         self._books.acknowledged(progress)
         suspicion = self._suspicion
@@ -614,10 +634,10 @@ class Roaming:
         if now - self._traffic_at > QUIET:
             self.agent.busy(False)
         self.agent.handle_timer(now)
+        self._take_events(now)
         session = self._open
         if session is None:
             return
-        self._take_events(now)
         suspect_at = self._suspect_at(session)
         if suspect_at is not None and now >= suspect_at:
             self._suspect(session, Trigger.SUSPECT, now)
@@ -643,8 +663,4 @@ class Roaming:
 
 def _candidates(agent: Agent) -> Candidates:
     generation, candidates = agent.candidates()
-    entries = [
-        CandidateEntry(address=str(c.address), kind=c.kind.value, rank=c.rank, metered=c.metered)
-        for c in candidates
-    ]
-    return Candidates(generation=generation, candidates=tuple(entries))
+    return Candidates(generation=generation, candidates=tuple(map(entry_of, candidates)))

@@ -4,31 +4,27 @@ expansion   from the kernel's word that the new interface has its address to
             "answered"  the first answer to us on its wire: a STUN success response, or a QUIC
                         packet (kernel timestamps of both)
             "usable"    `status --json` shows a warm path from the new address: checked, at hand
-connect     from the first datagram that A's daemon sends, B's being up already, to the first
-            packet out of the tunnel at either end
+connect     from the first packet that A's daemon sends to anybody, B's being up already (and, if
+            they meet by rendezvous, waiting at the broker), to the first packet out of the tunnel
+            at either end
 """
 
 from __future__ import annotations
 
-import contextlib
-import socket
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 
 from bench.bed import HOSTS, Bed
 from bench.roam.runs import Cell, Run, Settings, Watched, ms
-from bench.watch import Packets
+from bench.trial import TRIAL_PORT, trying
+from bench.watch import Packets, first_word
 from cli.demo.events import forget_nat, remove_interface
-from cli.demo.netns import Namespace, terminate
+from cli.demo.netns import terminate
 from cli.demo.pair import INNER, PairError, tail
 from cli.demo.world import PORT
 
 _PATIENCE = 3.0  # seconds for a new interface to become a path
 _CONNECTED = 15.0  # seconds for the first packet
-_EVERY = 0.001  # seconds between the packets that try to pass
-_TRIAL_PORT = 7009
 _POLL = 0.005  # seconds between two questions for the status
 
 
@@ -72,62 +68,24 @@ def connect(bed: Bed, cell: Cell, settings: Settings) -> Run:
     family = bed.network.inner
     ends = {host: bed.world.hosts[host].space for host in HOSTS}
     forget_nat(bed.world, "A", 0)
+    before = bed.subscriptions()
     bed.pair.start("B")
-    if not bed.until(lambda: bool(bed.status("B")), _CONNECTED):
+    if not bed.until(
+        lambda: bool(bed.status("B")) and bed.subscriptions() >= before + bed.rendezvous, _CONNECTED
+    ):
         raise PairError(f"the tunnel of B did not start:\n{tail(bed.pair.log('B'))}")
     with (
-        closing(Packets(ends["A"])) as packets,
-        _trying(ends["A"], ends["B"], INNER["B"][family]) as at_b,
-        _trying(ends["B"], ends["A"], INNER["A"][family]) as at_a,
+        closing(Packets(ends["A"], tcp=True)) as packets,
+        trying(ends["A"], ends["B"], INNER["B"][family]) as at_b,
+        trying(ends["B"], ends["A"], INNER["A"][family]) as at_a,
     ):
         started = time.monotonic()
         bed.pair.start("A")
         run.recovered = bed.until(lambda: bool(at_a and at_b), _CONNECTED)
-        sent = [one.time for one in packets.drain() if one.leaves and one.source[1] == PORT]
+        spoke = first_word(packets.drain(), TRIAL_PORT)
     for way, arrived in (("A>B", at_b), ("B>A", at_a)):
-        run.figures[way] = ms(arrived[0] - sent[0]) if arrived and sent else None
+        run.figures[way] = ms(arrived[0] - spoke) if arrived and spoke else None
         run.detail[way] = {"since_start_ms": ms(arrived[0] - started) if arrived else None}
     terminate(list(bed.pair.processes.values()))
     bed.pair.processes.clear()
     return run
-
-
-@contextmanager
-def _trying(source: Namespace, target: Namespace, address: str) -> Iterator[list[float]]:
-    """Send to an address that does not exist yet until the context ends; yields when packets
-    arrived (the first one only).
-    """
-    kind = socket.AF_INET6 if ":" in address else socket.AF_INET
-
-    def make() -> socket.socket:
-        return socket.socket(kind, socket.SOCK_DGRAM)
-
-    sender, receiver = source.call(make), target.call(make)
-    receiver.bind(("::" if kind == socket.AF_INET6 else "0.0.0.0", _TRIAL_PORT))
-    receiver.settimeout(_CONNECTED)
-    arrived: list[float] = []
-    stopped = threading.Event()
-
-    def receive() -> None:
-        with contextlib.suppress(OSError):
-            receiver.recv(100)
-            arrived.append(time.monotonic())
-
-    def send() -> None:
-        while not stopped.wait(_EVERY):
-            with contextlib.suppress(OSError):
-                sender.sendto(b"through?", (address, _TRIAL_PORT))
-
-    threads = [threading.Thread(target=receive), threading.Thread(target=send)]
-    try:
-        for thread in threads:
-            thread.start()
-        yield arrived
-    finally:
-        stopped.set()
-        with contextlib.suppress(OSError):
-            receiver.shutdown(socket.SHUT_RD)
-        for thread in threads:
-            thread.join()
-        sender.close()
-        receiver.close()

@@ -19,6 +19,7 @@ _ACTS: dict[str, tuple[Act, Act | None]] = {
     "both": (acts.link_down, acts.link_up),
     "rebind": (acts.rebind, None),
     "address": (acts.change_address, None),
+    "both-anew": (acts.change_address, None),
 }
 
 
@@ -39,7 +40,7 @@ def event(bed: Bed, cell: Cell, settings: Settings) -> Run:
     watched.end(run, cell.mover, happened.begin)
     run.event_ms = ms(happened.end - happened.begin)
     run.detail |= {"uplinks": turn.uplinks, "warm": warm}
-    if cell.row == "address":
+    if cell.row in ("address", "both-anew"):
         _usable(bed, run, turn, happened)
     if back is not None:
         run.recovered = bed.settle(back(turn).end) and run.recovered
@@ -48,11 +49,12 @@ def event(bed: Bed, cell: Cell, settings: Settings) -> Run:
 
 def _usable(bed: Bed, run: Run, turn: Turn, happened: Happened) -> None:
     """Take the time without an address out of the figures; `gap_ms` in the details has it."""
-    (host,) = turn.uplinks
-    kernel = bed.kernels[host]
-    gone = kernel.first("no address", happened.begin)
-    usable = kernel.last("default route", happened.begin)
-    without = usable - gone if gone is not None and usable is not None else 0.0
+    # Where both move, until both can be reached again.
+    kernels = [bed.kernels[host] for host in turn.uplinks]
+    gone = [kernel.first("no address", happened.begin) for kernel in kernels]
+    usable = [kernel.last("default route", happened.begin) for kernel in kernels]
+    begins, ends = ([when for when in one if when is not None] for one in (gone, usable))
+    without = max(ends) - min(begins) if begins and ends else 0.0
     run.detail["without_address_ms"] = ms(without)
     for way, gap in list(run.figures.items()):
         run.detail[way]["gap_ms"] = gap

@@ -44,6 +44,7 @@ _FROM = {"link-down": Goal(8, 15), "rebind": Goal(3, 8), "address": Goal(8, 20)}
 _TOWARD = {"link-down": (8, 20), "rebind": (5, 15), "address": (8, 25)}  # beyond one round trip
 _EITHER_WAY = {"make-before-break": Goal(0, 5)}
 _AT_USUAL_RTT = {"black-hole": Goal(50, 80), "both": Goal(60, 100)}
+_BY_RENDEZVOUS = Goal(250, 500)
 _EXPANSION = {"0 NATs": Goal(80, None), "1 NAT": Goal(100, None), "2 NATs": Goal(120, None)}
 
 
@@ -57,11 +58,13 @@ def goal(row: str, way: str, mode: Mode, rtt: float, variant: str = "") -> Goal 
         ("suspend", "A>B"): 2 * rtt + 20,
         ("suspend", "B>A"): 2 * rtt + 20,
         ("outage", "ssh"): 1000.0,
-        ("connect", "A>B"): 3 * rtt + 30,
-        ("connect", "B>A"): 3 * rtt + 30,
+        ("connect", "A>B"): 8 * rtt + 100 if variant else 3 * rtt + 30,
+        ("connect", "B>A"): 8 * rtt + 100 if variant else 3 * rtt + 30,
     }
     if (row, way) in limits:
         return Goal(limits[row, way], limits[row, way])
+    if row == "both-anew":
+        return _BY_RENDEZVOUS if rtt == _USUAL_RTT else None
     if mode == "interactive":
         return _REDUNDANT.get(row)
     if row in _EITHER_WAY:

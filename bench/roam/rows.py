@@ -12,6 +12,7 @@ from bench.roam import absence, arrival, gaps
 from bench.roam.runs import Cell, Run, Settings
 
 RIVAL: Mode = "wireguard-go"
+RENDEZVOUS = "2 NATs by rendezvous"
 _EITHER: tuple[tuple[Mover, str], ...] = (("A", ""), ("B", ""))
 
 
@@ -50,6 +51,8 @@ class Row:
         """How the world of a cell differs from the usual one (arguments of `Bed`), and its family
         outside the tunnel.
         """
+        if self.name == "both-anew" or variant == RENDEZVOUS:
+            return {"uplinks": (1, 1), "family": family, "rendezvous": True}
         if self.name in ("address", "connect"):
             return {"uplinks": (1, 1), "family": family}
         if self.name == "make-before-break":
@@ -95,6 +98,14 @@ ROWS = (
         (("both", ""),),
     ),
     Row(
+        "both-anew",
+        "both ends get new addresses on their only links at once: nothing that was known survives;"
+        " figures without the time that has no address",
+        gaps.event,
+        (("both", "by rendezvous"),),
+        redundancy=False,
+    ),
+    Row(
         "suspend",
         "both processes are stopped; first packet sent after their resume",
         absence.suspend,
@@ -120,7 +131,7 @@ ROWS = (
         "connect",
         "both daemons are running; first packet through, direct",
         arrival.connect,
-        (("A", ""),),
+        (("A", ""), ("A", RENDEZVOUS)),
         redundancy=False,
         built=True,
     ),

@@ -45,7 +45,9 @@ class Mapping:
 class Nat(Protocol):
     """What the world asks of a NAT, whoever implements it. Families are 4 and 6."""
 
-    forward: bool
+    @property
+    def forward(self) -> bool:
+        """Whether it forwards a port to the host."""
 
     def rebind(self, *, port: bool = True, address: bool = False) -> None:
         """Change the mapping of the host's flows; in force on return."""

@@ -12,12 +12,13 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from cli.demo.netns import Namespace, command, terminate
+from cli.demo.core import PYTHON_ENV
+from cli.demo.netns import Namespace, Namespaces, command, terminate
 from cli.demo.session import SPACING
 from cli.demo.trace import Report, Trace, last_arrival, report
-from cli.demo.world import PORT, PYTHON_ENV, HostName, World
+from cli.demo.world import PORT, Host, HostName
 
 MARTLET = (sys.executable, "-m", "cli.main")
 DEVICE = "mt0"
@@ -42,13 +43,32 @@ def find_sshd() -> str | None:
     return next((f"{p}/sshd" for p in places if os.access(f"{p}/sshd", os.X_OK)), None)
 
 
+class Site(Protocol):
+    """What a tunnel asks of the world around it."""
+
+    @property
+    def families(self) -> Sequence[int]:
+        """Outside the tunnel."""
+
+    @property
+    def hosts(self) -> Mapping[HostName, Host]:
+        """Both ends."""
+
+    @property
+    def spaces(self) -> Namespaces:
+        """All namespaces of it."""
+
+    def endpoints(self, host: HostName) -> list[str]:
+        """Where the other end can dial a host, as literals; empty: nowhere."""
+
+
 @dataclass
 class Pair:
     """The tunnel between A and B of a world. `environment` is added to that of both tunnels
     (QLOGDIR and so on), `settings` to both configurations.
     """
 
-    world: World
+    world: Site
     directory: Path
     environment: Mapping[str, str] = field(default_factory=dict)
     martlet: Sequence[str] = MARTLET

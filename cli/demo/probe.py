@@ -20,10 +20,10 @@ import sys
 import time
 from pathlib import Path
 
+from cli.demo.core import PYTHON_ENV
 from cli.demo.link import PR_SET_TIMERSLACK
 from cli.demo.netns import Namespace, terminate
 from cli.demo.trace import Report, Trace, TraceWriter, last_arrival, report
-from cli.demo.world import PYTHON_ENV
 
 PORT = 7007
 SPACING = 0.005  # seconds: 200 probes a second each way

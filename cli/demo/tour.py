@@ -110,7 +110,7 @@ def tour(*, as_json: bool, martlet: Sequence[str] = MARTLET, moves: Sequence[Mov
                     problem = f"out of time before: {title}"
                     break
                 view.say(f"{title} ...")
-                begin, end = _watch(session, partial(move.act, pair.world, move.end, uplink))
+                begin, end = _watch(session, partial(move.act, world, move.end, uplink))
                 felt = session.report(begin - _BEFORE, end)
                 alive = not session.closed() and felt.closed and felt.gap < BROKEN_AFTER
                 before, paths = paths, (pair.active_path("A"), pair.active_path("B"))

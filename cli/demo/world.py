@@ -22,7 +22,6 @@ its begin and end. `cli.demo.events` has those that are made of several.
 
 from __future__ import annotations
 
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -33,17 +32,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal, NamedTuple, TypeVar
 
-from cli.demo.link import LinkControl
+from cli.demo.core import Core
 from cli.demo.nat import LAN, WAN, Kind, Nat, NftNat
 from cli.demo.nat import Mapping as NatMapping
-from cli.demo.netns import Namespace, Namespaces, command
+from cli.demo.netns import Namespace, Namespaces
 
 PORT = 4117  # the tunnel's port at both hosts, and the forwarded one of B's NATs
 HostName = Literal["A", "B"]
 T = TypeVar("T")
-# Where the `cli` package lives: `python -m` must find it from any working directory.
-IMPORT_ROOT = str(Path(__file__).resolve().parents[2])
-PYTHON_ENV = {"PYTHONPATH": IMPORT_ROOT, "PYTHONUNBUFFERED": "1"}
 _FIRST_HOST, _LAST_HOST = 2, 250  # last number of a host's private address
 
 
@@ -138,7 +134,8 @@ class World:
     the start (`add_interface` adds one). kinds: NAT kind by uplink name. forwards: whether the NAT
     forwards the tunnel's port, by uplink name; if not said, B's do and A's do not. nats: a factory
     by uplink name for NATs of another make, called when their router stands without rules.
-    source_rules: policy rules by source address, as many multi-homed desktops have them.
+    source_rules: policy rules by source address, as many multi-homed desktops have them. servers:
+    names of public hosts, each on a wire of its own (`World.servers`).
     """
 
     def __init__(
@@ -152,6 +149,7 @@ class World:
         forwards: Mapping[str, bool] | None = None,
         nats: Mapping[str, NatFactory] | None = None,
         source_rules: bool = False,
+        servers: Sequence[str] = (),
         directory: Path | None = None,
     ) -> None:
         self.families = tuple(families)
@@ -162,6 +160,7 @@ class World:
         self.source_rules = source_rules
         self._nats = dict(nats or {})
         self._counts = uplinks
+        self._serving = tuple(servers)
         self._stack = ExitStack()
         self._directory = directory
 
@@ -186,9 +185,8 @@ class World:
             stack.enter_context(tempfile.TemporaryDirectory(prefix="martlet-"))
         )
         self.spaces = stack.enter_context(Namespaces())
-        self.core = self.spaces.create("core")
-        self.core.forward()
-        self.wires = self.spaces.create("wires")
+        self._core = Core(self.spaces, self.families, self.delay)
+        self.core, self.wires = self._core.space, self._core.wires
         self.a = Host("A", self.spaces.create("A"))
         self.b = Host("B", self.spaces.create("B"))
         self.hosts: dict[HostName, Host] = {"A": self.a, "B": self.b}
@@ -196,7 +194,9 @@ class World:
             for index in (0, 1):
                 host.uplinks.append(self._uplink(host, index))
                 stack.callback(host.uplinks[-1].nat.close)
-        self._start_link(stack)
+        self.servers = {name: self._core.serve(name) for name in self._serving}
+        self.link = self._core.start(self.directory)
+        stack.callback(self.link.close)
         for host, count in zip(self.hosts.values(), self._counts, strict=True):
             for uplink in host.uplinks[:count]:
                 self._plug(host, uplink)
@@ -231,36 +231,16 @@ class World:
         return {family: values[family] for family in self.families}
 
     def _cable(self, uplink: Uplink) -> None:
-        """Router, wire and core of an uplink, with addresses, routes and fixed neighbours."""
-        router, name = uplink.router, uplink.name
-        core_end = name.lower()
-        router.forward()
-        self.spaces.veth(router, WAN, self.wires, f"{name}l")
-        self.spaces.veth(self.wires, f"{name}r", self.core, core_end)
-        for end in (f"{name}l", f"{name}r"):
-            if 6 in self.families:
-                self.wires.sysctl(f"net.ipv6.conf.{end}.disable_ipv6=1")
-        inside: list[str] = []
-        outside: list[str] = []
-        # An address resolution over the wire would add a round trip of its own to the first
-        # packet of a new address.
-        router_mac, core_mac = _mac(router, WAN), _mac(self.core, core_end)
-        for family, publics in uplink.publics.items():
-            length = 26 if family == 4 else 64
-            nodad = " nodad" if family == 6 else ""
-            core = uplink.cores[family]
-            inside += [f"addr add {public}/{length} dev {WAN}{nodad}" for public in publics]
-            inside.append(f"neigh replace {core} lladdr {core_mac} dev {WAN} nud permanent")
-            inside.append(f"route add default via {core} dev {WAN}")
-            outside.append(f"addr add {core}/{length} dev {core_end}{nodad}")
-            outside += [
-                f"neigh replace {public} lladdr {router_mac} dev {core_end} nud permanent"
-                for public in publics
-            ]
-            if not self.translates(family, uplink.host):
-                outside.append(f"route add {uplink.subnets[6]} via {publics[0]}")
-        self.core.batch(*outside)
-        router.batch(*inside)
+        """Router, wire and core of an uplink."""
+        uplink.router.forward()
+        self._core.join(uplink.name, uplink.router, uplink.publics, uplink.cores)
+        self.core.batch(
+            *(
+                f"route add {uplink.subnets[family]} via {publics[0]}"
+                for family, publics in uplink.publics.items()
+                if not self.translates(family, uplink.host)
+            )
+        )
 
     def _nft(self, uplink: Uplink) -> NftNat:
         translated = [f for f in self.families if self.translates(f, uplink.host)]
@@ -274,21 +254,6 @@ class World:
             kind=self.kinds.get(uplink.name, "port-restricted"),
             forward=self.forwards.get(uplink.name, uplink.host == "B"),
         )
-
-    def _start_link(self, stack: ExitStack) -> None:
-        path = self.directory / "link.sock"
-        wires = [
-            f"{uplink.name}:{uplink.name}l:{uplink.name}r:{self.delay}"
-            for host in self.hosts.values()
-            for uplink in host.uplinks
-        ]
-        self.wires.popen(
-            [sys.executable, "-m", "cli.demo.link", "--control", str(path), *wires],
-            env=PYTHON_ENV,
-            log=self.directory / "link.log",
-        )
-        self.link = LinkControl(path)
-        stack.callback(self.link.close)
 
     def _plug(self, host: Host, uplink: Uplink) -> None:
         """Join host and router by a cable and configure both ends."""
@@ -412,16 +377,8 @@ class World:
         """The router is back, with what it knew."""
         uplink = self.uplink(host, index)
         begin = time.monotonic()
-        mac = _mac(self.core, uplink.name.lower())
         lines = [f"link set dev {WAN} up"]
-        for family, core in uplink.cores.items():
-            nodad, length = (" nodad", 64) if family == 6 else ("", 26)
-            lines += [
-                f"addr replace {public}/{length} dev {WAN}{nodad}"
-                for public in uplink.publics[family]
-            ]
-            lines.append(f"neigh replace {core} lladdr {mac} dev {WAN} nud permanent")
-            lines.append(f"route replace default via {core} dev {WAN}")
+        lines += self._core.outside(uplink.name, uplink.publics, uplink.cores)
         lines += [*self._lan_addresses(uplink), f"link set dev {LAN} up"]
         if 6 in self.families:  # IPv6 addresses do not survive a link that goes down
             lines += self._lan_addresses(uplink)
@@ -441,8 +398,3 @@ class World:
         begin = time.monotonic()
         self.link.set(f"{host}{index}", blackhole=False)
         return Happened(begin, time.monotonic())
-
-
-def _mac(space: Namespace, interface: str) -> str:
-    output = command(["ip", "-n", space.name, "-br", "link", "show", "dev", interface]).stdout
-    return output.split()[2]

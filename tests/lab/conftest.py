@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
+from bench.nat.place import Place
 from cli.demo.world import World
 from tests.lab.hosts import Host, two_hosts
 from tests.lab.scenario import Scenario, requirements
 
-_SCENARIOS = pytest.StashKey[list[Scenario]]()
+_SCENARIOS = pytest.StashKey[list[Scenario | Place]]()
 _HERE = Path(__file__).parent
 
 
@@ -52,7 +53,7 @@ def make_world() -> Iterator[Callable[..., World]]:
 @pytest.fixture
 def make_scenario(request: pytest.FixtureRequest) -> Iterator[Callable[..., Scenario]]:
     """Build scenarios (arguments of `Scenario` but the name), named after the test."""
-    made: list[Scenario] = request.node.stash.setdefault(_SCENARIOS, [])
+    made = request.node.stash.setdefault(_SCENARIOS, [])
 
     with ExitStack() as stack:
 
@@ -60,6 +61,21 @@ def make_scenario(request: pytest.FixtureRequest) -> Iterator[Callable[..., Scen
             scenario = Scenario(request.node.name, **options)
             made.append(scenario)
             return stack.enter_context(scenario)
+
+        yield make
+
+
+@pytest.fixture
+def make_place(request: pytest.FixtureRequest) -> Iterator[Callable[..., Place]]:
+    """Build places where two ends may meet (arguments of `Place`)."""
+    made = request.node.stash.setdefault(_SCENARIOS, [])
+
+    with ExitStack() as stack:
+
+        def make(*arguments: Any, **options: Any) -> Place:
+            place = Place(*arguments, **options)
+            made.append(place)
+            return stack.enter_context(place)
 
         yield make
 

@@ -48,9 +48,10 @@ from scapy.layers.inet6 import IPv6
 from scapy.packet import Raw, bind_layers, split_layers
 
 from cli.demo.control import ControlClient, ControlServer
+from cli.demo.core import PYTHON_ENV
 from cli.demo.link import PACKET_IGNORE_OUTGOING, SOL_PACKET
 from cli.demo.nat import FIRST_PORT, LAN, WAN
-from cli.demo.world import PORT, PYTHON_ENV, Uplink, World
+from cli.demo.world import PORT, Uplink, World
 
 if TYPE_CHECKING:
     from scapy.packet import Packet

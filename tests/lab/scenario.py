@@ -23,10 +23,11 @@ from types import TracebackType
 from typing import Any
 
 from bench.capture import CORE_INTERFACES, Capture
+from cli.demo.core import IMPORT_ROOT
 from cli.demo.netns import command
 from cli.demo.pair import INNER, Pair, Session
 from cli.demo.probe import Probe
-from cli.demo.world import IMPORT_ROOT, PORT, HostName, World
+from cli.demo.world import PORT, HostName, World
 
 ARTIFACTS = Path(IMPORT_ROOT) / "artifacts"
 
@@ -182,7 +183,7 @@ def requirements() -> str:
     if not os.path.exists("/dev/net/tun"):
         return "needs /dev/net/tun"
     tools = ["ip", "nft", "conntrack", "ping", "dumpcap", "reordercap", "tshark"]
-    tools += ["turnserver", "miniupnpd"]
+    tools += ["turnserver", "miniupnpd", "mosquitto"]
     missing = [tool for tool in tools if shutil.which(tool) is None]
     if missing:
         return f"needs {', '.join(missing)}"

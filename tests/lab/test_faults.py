@@ -15,8 +15,9 @@ import time
 
 import pytest
 
+from cli.demo.core import PYTHON_ENV
 from cli.demo.probe import Probe
-from cli.demo.world import PORT, PYTHON_ENV, Happened, HostName
+from cli.demo.world import PORT, Happened, HostName
 from tests.lab.hosts import until
 from tests.lab.scenario import Scenario
 from tests.lab.test_ice import until_warm

@@ -18,13 +18,12 @@ from typing import Any
 
 import pytest
 
+from bench.servers import STUN_PORT, Stun
 from bench.watch import Kernel, Packets
 from cli.demo.netns import Namespace
 from cli.demo.world import PORT, HostName
 from tests.lab.hosts import until
 from tests.lab.scenario import Scenario
-from tests.lab.stun_server import PORT as STUN_PORT
-from tests.lab.stun_server import StunServer
 from tests.lab.test_tunnel import MakeScenario
 from tunnel.path.network import Address
 
@@ -76,12 +75,19 @@ def mapping(scenario: Scenario, name: HostName, index: int, family: int = 4) -> 
 # server-reflexive candidates
 
 
+def stun_server(scenario: Scenario) -> Stun:
+    """At the core's first address of each family."""
+    cores = scenario.world.uplink("A").cores
+    addresses = {family: (core,) for family, core in cores.items()}
+    return Stun(scenario.world.core, addresses, scenario.directory)
+
+
 @pytest.mark.parametrize("family", [4, 6])
 def test_stun_opens_the_way_through_a_nat_that_forwards_nothing(
     make_scenario: MakeScenario, family: int
 ) -> None:
     scenario = make_scenario(forwards={"B1": False}, families=(family,), nat66=family == 6)
-    stun = StunServer(scenario.world, scenario.directory)
+    stun = stun_server(scenario)
     scenario.configure(f'[ice]\nstun = ["{stun.endpoints[0]}"]')
     scenario.up()
     # From both of A's, whose NATs forward nothing either.
@@ -133,7 +139,7 @@ class Names:
 
 def test_a_stun_server_by_name_is_found_once_there_is_dns(make_scenario: MakeScenario) -> None:
     scenario = make_scenario(forwards={"B1": False})
-    stun = StunServer(scenario.world, scenario.directory)
+    stun = stun_server(scenario)
     names = Names(scenario)
     scenario.configure(f'[ice]\nstun = ["stun.martlet.test:{STUN_PORT}"]')
     scenario.up()

@@ -6,7 +6,9 @@ a [eth0 192.0.2.1] ----veth---- [eth0 192.0.2.2] b
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
 import signal
 import socket
 import time
@@ -15,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from tests.lab.hosts import MARTLET, Host, until
+from tunnel.identity import Identity
 
 
 def test_up_ping_status_move_down(hosts: tuple[Host, Host]) -> None:
@@ -161,3 +164,75 @@ def test_the_device_taken_away(hosts: tuple[Host, Host]) -> None:
     assert process.wait(5) == 1
     assert "removed under us" in b.log.read_text()
     assert "Traceback" not in b.log.read_text()
+
+
+def test_a_peer_is_added_under_a_running_session(hosts: tuple[Host, Host], tmp_path: Path) -> None:
+    """Pings to b go on while a learns of c, which is a second tunnel on b's host."""
+    a, b = hosts
+    b.up()
+    a.up()
+    until(lambda: a.martlet("ping", "other", "-c", "1").returncode == 0, a.log.read_text)
+    assert a.space.run(["ping", "-c1", "-W5", "10.88.0.2"]).returncode == 0
+    flow = a.space.popen(
+        ["ping", "-n", "-D", "-i", "0.01", "-w", "60", "10.88.0.2"], log=tmp_path / "flow.log"
+    )
+    identity = Identity.generate()
+    identity.save(tmp_path / "third")
+    third = tmp_path / "third.toml"
+    third.write_text(f"""
+[interface]
+name = "mt1"
+address = ["10.77.0.3/32"]
+private_key = "third"
+listen_port = 4118
+[[peer]]
+name = "a"
+public_key = "{Identity.load(tmp_path / "1").public_key.openssh}"
+allowed_ips = ["10.77.0.1/32"]
+""")
+    c = Host(b.space, third)
+    c.up()
+    before = a.config.read_text()
+    own = '"10.88.0.1/24"'
+    a.config.write_text(
+        before.replace(own, f'{own}, "10.77.0.1/32"')
+        + f"""
+[[peer]]
+name = "third"
+public_key = "{identity.public_key.openssh}"
+endpoint = "192.0.2.2:4118"
+allowed_ips = ["10.77.0.3/32"]
+"""
+    )
+    done = a.martlet("reload", "mt0")
+    assert done.returncode == 0, done.stderr
+    assert "peer third is added" in done.stderr
+    assert a.space.run(["ping", "-c3", "-i0.1", "-W5", "-I10.77.0.1", "10.77.0.3"]).returncode == 0
+    assert "nothing new" in a.martlet("reload").stderr
+
+    a.config.write_text(a.config.read_text().replace("192.0.2.2:4117", "192.0.2.2:4999"))
+    refused = a.martlet("reload", "mt0")
+    assert refused.returncode == 3
+    assert "endpoint of peer other" in refused.stderr
+    assert "10.77.0.3 dev mt0" in a.space.run(["ip", "route"]).stdout
+
+    a.config.write_text(before)
+    assert a.martlet("reload", "mt0").returncode == 3  # an address is gone, too
+    a.config.write_text(before.replace(own, f'{own}, "10.77.0.1/32"'))
+    assert "peer third is gone" in a.martlet("reload", "mt0").stderr
+    assert "10.77.0.3" not in a.space.run(["ip", "route"]).stdout
+
+    time.sleep(0.5)
+    flow.send_signal(signal.SIGINT)
+    flow.wait(5)
+    log = (tmp_path / "flow.log").read_text()
+    received = [int(number) for number in re.findall(r"icmp_seq=(\d+)", log)]
+    assert len(received) > 100
+    assert received == [*range(1, len(received) + 1)], log  # nothing was lost
+    times = [float(at) for at in re.findall(r"^\[([\d.]+)\] 64 bytes", log, re.MULTILINE)]
+    assert max(b - a for a, b in itertools.pairwise(times)) < 0.3
+    status = json.loads(a.martlet("status", "--json").stdout)
+    (peer,) = status["peers"]
+    assert (peer["name"], peer["migrations"], peer["counters"]["handshakes"]) == ("other", 0, 1)
+    assert status["counters"]["internal_errors"] == 0
+    c.martlet("down", "mt1")

@@ -18,6 +18,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from ipaddress import ip_address, ip_interface, ip_network
@@ -252,6 +253,41 @@ def test_undoing_leaves_nothing() -> None:
     device.close()
     device.close()
     assert interfaces() == before
+
+
+@isolated
+def test_only_the_difference_of_two_plans_is_done() -> None:
+    own = [ip_interface("10.88.0.1/24")]
+
+    def wanted(*allowed: str) -> tuple[Step, ...]:
+        return plan("mt0", own, 1420, [ip_network(text) for text in allowed])
+
+    ip("tuntap", "add", "other", "mode", "tun")
+    ip("link", "set", "other", "up")
+    ip("route", "add", "10.96.0.0/16", "dev", "other")
+    with opened():
+        applied = apply(wanted("10.99.0.0/16"))
+        watching = subprocess.Popen(
+            ["ip", "-o", "monitor", "link", "address", "route"], stdout=subprocess.PIPE, text=True
+        )
+        time.sleep(0.2)
+        own.append(ip_interface("fd6d::1/128"))
+        applied.change(wanted("10.99.0.0/16", "10.97.0.0/16"))
+        assert addresses("mt0") == {"10.88.0.1/24", "fd6d::1/128"}
+        both = {"10.88.0.0/24", "10.99.0.0/16", "10.97.0.0/16", "fd6d::1"}
+        assert routes("mt0") == both
+        with pytest.raises(TunError, match=r"route to 10\.96\.0\.0/16 through other"):
+            applied.change(wanted("10.95.0.0/16", "10.96.0.0/16"))
+        assert routes("mt0") == both
+        applied.change(wanted("10.99.0.0/16"))
+        assert routes("mt0") == both - {"10.97.0.0/16"}
+        time.sleep(0.2)
+        watching.terminate()
+        seen = watching.communicate(timeout=10)[0]
+        assert "10.97.0.0/16" in seen
+        assert "10.88.0." not in seen and "10.99." not in seen  # what stays is not touched
+        applied.undo()
+        assert addresses("mt0") == routes("mt0") == set()
 
 
 @isolated

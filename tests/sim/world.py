@@ -9,6 +9,9 @@
 Every host has uplinks, each with one local address behind its own NAT: endpoint-independent
 mapping or symmetric, filtering or not, mappings that expire. Nothing sleeps: `run` jumps from one
 wake-up to the next, and everything random comes from one seed.
+
+With `rendezvous` no end has an endpoint: there are a broker and a STUN server in the network, as
+far from both as they are from each other.
 """
 
 from __future__ import annotations
@@ -22,10 +25,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from ipaddress import ip_network
 
+from aioice import stun
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from tunnel.config import Config, loads
 from tunnel.events import NodeEvent, PortUnwanted, PortWanted, ResolveWanted
+from tunnel.ice.check import transaction_id_of
 from tunnel.identity import Identity
 from tunnel.node import Node
 from tunnel.path.network import Address, LocalAddress, LocalNetwork, PathKey, Route
@@ -39,7 +44,9 @@ TIMER_GRAIN = 0.0001  # seconds that an event loop is late
 MAX_SPINS = 20
 """Timers in a row that were due the moment they were armed; a real event loop would burn a core."""
 SEND_ROUNDS = 4  # as the shell
-
+STUN = Address("192.0.2.53", 3478)
+BROKER_ROUND_TRIPS = 2
+"""To be connected again: TCP and MQTT. Subscriptions travel with the first message."""
 
 NAT_LIFETIME = 30.0
 """Seconds without an outgoing packet after which a mapping is gone: shorter than RFC 4787 allows,
@@ -137,6 +144,9 @@ class Host:
         self.fired_at, self.spins = 0.0, 0
         self.bytes_sent = 0
         self.datagrams_sent = 0
+        self.connections = 0  # to the broker, so far
+        self.connected = False
+        self.signals_sent = 0
 
     def network(self) -> LocalNetwork:
         live = [u for u in self.uplinks if u.up]
@@ -165,6 +175,7 @@ class World:
         max_packets_per_key: int | None = None,
         redundancy: str = "off",
         metered: tuple[str, ...] = (),
+        rendezvous: bool = False,
     ) -> None:
         self.seed = seed
         self.rng = random.Random(seed)
@@ -184,11 +195,17 @@ class World:
         self.hosts = {"a": self.a, "b": self.b}
         for host in self.hosts.values():
             host.identity = Identity(Ed25519PrivateKey.from_private_bytes(self.rng.randbytes(32)))
+        self.rendezvous = rendezvous
+        self.broker_up = True
+        if rendezvous:
+            self.outsiders[STUN.host] = self._stun
         for host, other in ((self.a, self.b), (self.b, self.a)):
             endpoints = [f"{u.public_ip}:{PORT}" for u in other.uplinks if u.forwarded]
-            dials = host is self.a or both_dial
-            paths = f'[paths]\nredundancy = "{redundancy}"\nmetered = {list(metered)!r}\n'
-            host.config = _config(host, other, endpoints if dials else [], paths)
+            dials = (host is self.a or both_dial) and not rendezvous
+            more = f'[paths]\nredundancy = "{redundancy}"\nmetered = {list(metered)!r}\n'
+            if rendezvous:
+                more += f'[rendezvous]\nurl = "mqtt://192.0.2.80"\n[ice]\nstun = ["{STUN}"]\n'
+            host.config = _config(host, other, endpoints if dials else [], more)
 
     # running
 
@@ -208,6 +225,7 @@ class World:
             )
             host.node.network_changed(host.network(), PORT, self.now)
             self.pump(host)
+            self.reach_broker(name)
 
     def at(self, when: float, action: Callable[[], None]) -> None:
         heapq.heappush(self._queue, (when, next(self._order), action))
@@ -270,6 +288,7 @@ class World:
         if not host.stopped:
             host.node.network_changed(host.network(), PORT, self.now)
             self.pump(host)
+            self.reach_broker(name)
 
     def rebind(self, uplink: Uplink, *, port: bool = True, public_ip: str | None = None) -> None:
         """The NAT forgets the mapping; the next packet gets another port, or address, or both."""
@@ -295,6 +314,30 @@ class World:
         uplink.up = up
         uplink.forget()
         self.network_event(name)
+
+    def reach_broker(self, name: str) -> None:
+        """The host's connection to the broker is gone, and made anew where that is possible."""
+        if not self.rendezvous:
+            return
+        host = self.hosts[name]
+        host.connections += 1
+        if host.connected:
+            host.connected = False
+            host.node.signaller_disconnected(self.now)
+            self.pump(host)
+
+        def connect(number: int = host.connections, node: Node = host.node) -> None:
+            alive = any(u.up and not u.black_hole for u in host.uplinks)
+            if host.node is not node or host.connections != number or host.stopped:
+                return
+            if not (alive and self.broker_up):
+                self.after(0.2, connect)
+                return
+            host.connected = True
+            node.signaller_connected(self.now)
+            self.pump(host)
+
+        self.after(BROKER_ROUND_TRIPS * 2 * self.delay, connect)
 
     def stop(self, name: str) -> None:
         """The process dies without a word."""
@@ -331,6 +374,8 @@ class World:
             if not failed:
                 break
         host.received += [(self.now, packet) for packet in node.packets_to_write()]
+        for topic, payload in node.signals_to_send(self.now):
+            self._publish(host, topic, payload)
         while (event := node.next_event()) is not None:
             host.events.append((self.now, event))
             if isinstance(event, ResolveWanted):
@@ -340,6 +385,36 @@ class World:
             elif isinstance(event, PortUnwanted):
                 host.ports.discard(event.local)
         self._arm(host)
+
+    def _publish(self, host: Host, topic: str, payload: bytes) -> None:
+        if not host.connected or not self.broker_up:
+            return
+        host.signals_sent += 1
+
+        def hand_over(other: Host) -> None:
+            if other.connected and not other.stopped:
+                other.node.signal_received(topic, payload, self.now)
+                self.pump(other)
+
+        def distribute() -> None:
+            for other in self.hosts.values():
+                if not other.connected:
+                    continue
+                meeting = other.node.meeting
+                if meeting is not None and topic in meeting.topics():
+                    self.after(self.delay, lambda other=other: hand_over(other))  # type: ignore[misc]
+
+        self.after(self.delay, distribute)
+
+    def _stun(self, source: Address, target: Address, data: bytes) -> None:
+        if target == STUN:
+            answer = stun.Message(
+                stun.Method.BINDING,
+                stun.Class.RESPONSE,
+                transaction_id_of(data),
+                {"XOR-MAPPED-ADDRESS": tuple(source)},
+            )
+            self.deliver(STUN, source, bytes(answer), self.delay)
 
     def _resolve(self, host: Host, event: ResolveWanted) -> None:
         if not host.stopped:

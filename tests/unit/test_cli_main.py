@@ -6,7 +6,7 @@ import re
 import stat
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,7 @@ class FakeTunnel:
     def __init__(self, name: str, end: Callable[[], None]) -> None:
         self._name, self._end = name, end
         self.reachable = True
+        self.news: dict[str, list[str]] | Exception = {}
         self._pings = 0
 
     def status(self) -> dict[str, Any]:
@@ -81,6 +82,11 @@ class FakeTunnel:
     ) -> Callable[[], None]:
         answered(BenchAnswer(peer, 1, problem=f"peer {peer} refuses: not today"))
         return lambda: None
+
+    def reload(self) -> dict[str, list[str]]:
+        if isinstance(self.news, Exception):
+            raise self.news
+        return self.news
 
     def down(self) -> None:
         self._end()
@@ -112,7 +118,7 @@ def running(directory: Path, name: str) -> Iterator[FakeTunnel]:
         assert started.wait(10)
         yield made[0]
     finally:
-        if thread.is_alive():
+        with suppress(RuntimeError):  # it has ended by itself
             ends[0]()
         thread.join(10)
 
@@ -140,7 +146,7 @@ def config(tmp_path: Path) -> Path:
 def test_help_and_version(martlet: Martlet) -> None:
     result = martlet("--help")
     assert result.code == 0
-    for command in "keygen pubkey up down status history ping bench demo".split():  # noqa: SIM905
+    for command in "keygen pubkey up down reload status history ping bench demo".split():  # noqa: SIM905
         assert re.search(rf"^\W*{command}\b", result.out, re.MULTILINE)
         described = martlet(command, "--help")
         assert described.code == 0
@@ -225,6 +231,7 @@ def test_up_that_fails(
 def test_nothing_is_up(martlet: Martlet) -> None:
     for arguments in (("status",), ("history",), ("ping", "office"), ("status", "mt0"),
                       ("bench", "office"), ("bench", "mt0/office"),
+                      ("reload",), ("reload", "mt0"),
                       ("down", "mt0"), ("down", "../x"), ("ping", "mt0/office")):  # fmt: skip
         result = martlet(*arguments)
         assert result.code == 1
@@ -337,3 +344,23 @@ def test_developers_see_the_traceback(
     with pytest.raises(SystemExit):
         cli.main.main(["pubkey", str(tmp_path / "nothing")])
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_reload(martlet: Martlet, tmp_path: Path) -> None:
+    with running(tmp_path, "mt0") as tunnel:
+        tunnel.news = {"addresses": ["fd88::1/128"], "added": ["home"], "removed": ["office"]}
+        done = martlet("reload", "mt0")
+        assert (done.code, done.out) == (0, "")
+        assert done.err.splitlines() == [
+            "martlet: tunnel mt0: this host has the address fd88::1/128 now",
+            "martlet: tunnel mt0: peer home is added",
+            "martlet: tunnel mt0: peer office is gone",
+        ]
+        tunnel.news = {"added": []}
+        assert "nothing new in its config" in martlet("reload").err
+        tunnel.news = ConfigError("nonsense", file="/x/mt0.toml", line=3)
+        wrong = martlet("reload")
+        assert wrong.code == 3
+        assert "tunnel mt0: /x/mt0.toml:3: nonsense" in wrong.err
+        tunnel.news = TunError("conflict", "a route is there")
+        assert martlet("reload").code == 1

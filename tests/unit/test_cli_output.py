@@ -100,3 +100,23 @@ def test_ping_summary_is_that_of_ping() -> None:
 )  # fmt: skip
 def test_bytes(amount: float | None, text: str) -> None:
     assert output._bytes(amount) == text
+
+
+def told(renderable: RenderableType) -> str:
+    return "\n".join(printed(renderable))
+
+
+def test_status_tells_of_the_broker_and_what_a_peer_waits_for() -> None:
+    peer = {"name": "office", "state": "connecting", "active_path": None, "why": ["no word of it"]}
+    broker: dict[str, Any] = {
+        "url": "mqtt://b",
+        "state": "connecting",
+        "error": "b is silent",
+        "rtt_ms": None,
+    }
+    shown = told(output.status({"interface": "mt0", "peers": [peer], "rendezvous": broker}))
+    assert "office: no word of it" in shown
+    assert "rendezvous mqtt://b: connecting: b is silent" in shown
+    broker |= {"state": "connected", "rtt_ms": 20.0}
+    shown = told(output.status({"interface": "mt0", "peers": [], "rendezvous": broker}))
+    assert "rendezvous mqtt://b: connected, 20" in shown and "silent" not in shown

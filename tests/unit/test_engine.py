@@ -448,3 +448,21 @@ def test_parts_alone_keep_what_they_need() -> None:
     gc.collect()
     lane.push(numbered(1), START)
     assert lane.queue_packets == 1 and isinstance(lane, Lane)
+
+
+def test_peers_may_come_and_go() -> None:
+    datapath = Datapath([[ip_network("10.88.0.0/16")]])
+    first = datapath.lane(0)
+    to_newcomer = bytearray(numbered(1))
+    to_newcomer[16:20] = bytes([10, 88, 7, 2])
+    assert datapath.push(bytes(to_newcomer), START)
+    assert first.queue_packets == 1
+    owner = datapath.allow([ip_network("10.88.7.0/24")])
+    assert not datapath.push(bytes(to_newcomer), START)  # it has no lane yet
+    lane = datapath.lane(owner)
+    assert datapath.push(bytes(to_newcomer), START)
+    assert (first.queue_packets, lane.queue_packets, datapath.unroutable) == (1, 1, 1)
+    datapath.disallow(owner)
+    assert datapath.push(bytes(to_newcomer), START)
+    assert (first.queue_packets, lane.queue_packets) == (2, 1)
+    assert datapath.allow([ip_network("10.99.0.0/16")]) == owner + 1  # a place is not used twice

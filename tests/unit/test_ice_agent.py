@@ -286,14 +286,14 @@ def test_stopped_is_silent() -> None:
     agent = agent_with(PEER)
     request = check.request(THEIRS, bytes(12), 1)
     agent.stop()
-    assert [agent.running, agent.local_ufrag] == [False, None]
+    assert [agent.running, agent.answers_to(OURS.local_ufrag)] == [False, False]
     assert not agent.receive(request, PATH, START)
     agent.check_now(START)
     agent.send_failed(PATH, START)
     agent.handle_timer(START + 99)
     assert agent.datagrams_to_send(START) == [] and agent.get_timer() is None
     agent.start(OURS, START + 100)
-    assert [agent.running, agent.local_ufrag] == [True, OURS.local_ufrag]
+    assert [agent.running, agent.answers_to(OURS.local_ufrag)] == [True, True]
     assert len(agent.datagrams_to_send(START + 100)) == 1
 
 
@@ -799,3 +799,30 @@ def test_whatever_can_be_reached_is_reached() -> None:
     assert len(times) > 250
     assert times[len(times) // 2] < 1.5
     assert times[len(times) * 95 // 100] < 16  # idle ends ask every 15 s
+
+
+def test_what_is_routed_into_the_tunnel_later_is_left() -> None:
+    """A base, a candidate of ours, and an address of the peer, by a peer that was added live."""
+    agent = Agent(rng=random.Random(1), advertise=[Address("203.0.113.9", 9)])
+    agent.start(OURS, START)
+    links = [uplink("a"), uplink("b")]
+    agent.bases_changed(local_network(links), bases_of(links), START)
+    agent.remote_address(PEER, START)
+    other = Address("198.51.100.77", 7)
+    agent.remote_address(other, START)
+    bases = {pair.key.local for pair in agent.pairs()}
+    assert len(bases) == 2
+    gone = min(bases)
+    events(agent)
+    agent.forbidden_changed(
+        [ip_network(address) for address in ("203.0.113.9/32", "198.51.100.77/32", gone.host)]
+    )
+    (pair,) = agent.pairs()
+    assert pair.key == PathKey(max(bases), PEER)
+    assert [candidate.address for candidate in agent.candidates()[1]] == [max(bases)]
+    assert CandidatesChanged() in events(agent)
+    agent.remote_address(other, START)
+    assert len(agent.pairs()) == 1
+    agent.forbidden_changed([])
+    agent.bases_changed(local_network(links), bases_of(links), START)
+    assert len(agent.pairs()) == 2

@@ -12,9 +12,11 @@ from tunnel.ice.candidate import (
     Base,
     Candidate,
     Kind,
+    kind_in,
     preference,
     priority,
     rank_in,
+    relay_reaches,
     usable_candidate,
 )
 from tunnel.ice.own import MAX_MAPPED, OwnCandidates
@@ -105,6 +107,42 @@ def test_our_own_list() -> None:
     own.refresh([ETH], [])
     assert own.generation == first + 2
     assert {c.address for c in own.told} == {forward, HOST, WAN}
+
+
+def test_a_relay_is_told_as_one_and_has_no_address_outside() -> None:
+    own = OwnCandidates([], FORBIDDEN)
+    relay = Base(Address("192.0.2.1", 50000), "lte0", True, 1, relay=True, via="10.64.0.1")
+    own.reflexive_changed({relay.address: WAN})
+    own.refresh([relay, ETH], [pair(relay, WAN)])
+    assert list(own.told) == [
+        Candidate(HOST, Kind.HOST, 0, False),
+        Candidate(relay.address, Kind.RELAY, 1, True),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("relay", "remote", "reaches"),
+    [
+        ("192.0.2.1", "198.51.100.1", True),
+        ("192.0.2.1", "10.0.0.1", False),
+        ("192.0.2.1", "100.64.0.1", False),
+        ("10.0.0.1", "10.0.0.2", True),  # a server of this company's own
+        ("10.0.0.1", "198.51.100.1", True),
+        ("192.0.2.1", "2001:db8::1", False),
+        ("2001:db8::1", "192.0.2.1", False),
+        ("2001:db8::1", "fd00::1", False),
+        ("2001:db8::1", "2001:db8::2", True),
+        ("192.0.2.1", "192.0.2.1", False),
+    ],
+)
+def test_where_a_relay_may_send(relay: str, remote: str, reaches: bool) -> None:
+    assert relay_reaches(Address(relay, 1), Address(remote, 1)) == reaches
+
+
+def test_a_check_tells_whether_it_comes_from_a_relay() -> None:
+    for kind in (Kind.PRFLX, Kind.RELAY):
+        told = priority(kind, 3, True)
+        assert (kind_in(told), rank_in(told)) == (kind, (3, True))
 
 
 def test_a_nat_that_maps_every_destination_anew_floods_no_list() -> None:

@@ -229,3 +229,34 @@ def test_our_requests_count() -> None:
     opened.append(transactions.open(PATH, 2.0))
     assert [int.from_bytes(transaction[:4]) for transaction in opened] == [0, 1, 2, 3]
     assert len({transaction[4:] for transaction in opened}) == 4
+
+
+def test_questions_to_a_server_that_knows_rfc_5780() -> None:
+    def change(**what: bool) -> int | None:
+        parsed = stun.parse_message(check.server_request(ID, **what))
+        value: int | None = parsed.attributes.get("CHANGE-REQUEST")
+        return value
+
+    assert change() is None
+    assert change(change_ip=True, change_port=True) == 6  # RFC 5780 section 7.2: bits A and B
+    assert change(change_port=True) == 2
+
+
+@pytest.mark.parametrize("size", [24, 28, 576, 1472])
+def test_a_padded_question_is_as_long_as_asked_for_and_valid(size: int) -> None:
+    request = check.server_request(ID, size=size)
+    assert len(request) == size and check.looks_like_stun(request) and check.is_request(request)
+    assert stun.parse_message(request).transaction_id == ID
+
+
+def test_the_other_address_of_a_server() -> None:
+    other = Address("192.0.2.54", 3479)
+
+    def answer(**attributes: object) -> bytes:
+        full = {"XOR-MAPPED-ADDRESS": tuple(MAPPED), **attributes}
+        return bytes(stun.Message(stun.Method.BINDING, stun.Class.RESPONSE, ID, full))
+
+    assert check.read_other_address(answer(**{"OTHER-ADDRESS": tuple(other)})) == other
+    assert check.read_other_address(answer(**{"OTHER-ADDRESS": (other.host, 0)})) is None
+    assert check.read_other_address(answer()) is None
+    assert not check.is_request(answer())

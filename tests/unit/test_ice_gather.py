@@ -188,3 +188,15 @@ def test_fuzz(data: bytes, cut: int) -> None:
     ]
     for make in tries:
         made.receive(make(), key, NOW)
+
+
+def test_who_waits_for_an_answer_asks_again_sooner() -> None:
+    waits = []
+    for busy in (False, True):
+        made = gatherer()
+        made.datagrams_to_send(NOW)
+        made.busy(busy)  # known only after the first question has left
+        timer = made.get_timer()
+        assert timer is not None
+        waits.append(timer - NOW)
+    assert waits[1] <= waits[0] / 4

@@ -145,7 +145,7 @@ def test_order() -> None:
         make(ranks=(0, 0)),
     ]
     ordered = sorted(pairs, key=lambda pair: pair.order)
-    assert [pairs.index(pair) for pair in ordered] == [4, 1, 3, 0, 2]
+    assert [pairs.index(pair) for pair in ordered] == [4, 1, 0, 2, 3]  # the relayed one is last
 
 
 def test_warm_set() -> None:
@@ -158,6 +158,25 @@ def test_warm_set() -> None:
     assert {kept, second.key} <= found
     assert found - {kept, second.key} == {pair.key for pair in first[:6]}
     assert warm_set([cold], ()) == frozenset()
+
+
+def test_a_pair_is_relayed_where_either_end_is() -> None:
+    relay = Base(Address("192.0.2.1", 50000), "eth0", False, 0, relay=True, via="192.168.1.1")
+    far = Remote(Address("198.51.100.1", 1), Kind.HOST, 0, False)
+    assert LivePair(relay, far).snapshot().kind is Kind.RELAY
+    assert LivePair(relay, far).snapshot().source == "192.168.1.1"
+    assert make(kind=Kind.RELAY).snapshot().kind is Kind.RELAY
+    assert make(kind=Kind.SRFLX).snapshot().kind is Kind.SRFLX
+    assert make(kind=Kind.SRFLX).snapshot().source == "192.168.1.1"
+
+
+def test_the_best_relayed_pair_is_warm_whatever_else_is() -> None:
+    many = [make(base, 1, rtt=0.1) for base in range(1, 12)]
+    relayed = [make(1, 200 + n, kind=Kind.RELAY, ranks=(n, 0), rtt=0.1) for n in (1, 2)]
+    found = warm_set([*relayed, *many], {many[10].key})
+    assert len(found) == MAX_WARM
+    assert {many[10].key, relayed[0].key} <= found
+    assert relayed[1].key not in found
 
 
 def test_a_bucket() -> None:

@@ -226,6 +226,15 @@ def test_the_second_path_shares_as_little_as_can_be(known: list[Facts]) -> None:
         assert found.local != active.local or all(k.local == active.local for k in usable)
 
 
+def test_a_relay_behind_the_active_uplink_shares_that_uplink() -> None:
+    """It has an address of its own, and would die with the active path all the same."""
+    relay = PathKey(Address("192.0.2.200", 50000), A)
+    known = [facts(ETH), facts(WLAN), Facts(relay, warm=True, relayed=True, source=ETH.ip)]
+    assert second(path(ETH, A), known, metered=False) == path(WLAN, A)
+    other = [facts(ETH), Facts(relay, warm=True, relayed=True, source=WLAN.ip)]
+    assert second(path(ETH, A), other, metered=False) == relay
+
+
 def test_a_metered_path_is_the_second_one_only_where_asked_for() -> None:
     known = [facts(ETH), facts(WLAN, metered=True)]
     assert second(path(ETH, A), known, metered=False) is None

@@ -13,6 +13,7 @@ import socket
 import struct
 import time
 from collections.abc import Awaitable, Callable
+from ipaddress import ip_interface, ip_network
 from typing import Any
 
 import pytest
@@ -21,9 +22,10 @@ import uvloop
 from tests.fake_node import FakeNode
 from tun.errors import TunError
 from tun.memory import MemoryTun
-from tunnel.config import Endpoint
+from tunnel.config import Endpoint, PeerConfig
+from tunnel.config_change import Change
 from tunnel.datapath.engine import Connection
-from tunnel.errors import LocalError
+from tunnel.errors import ConfigError, LocalError
 from tunnel.events import (
     PeerConnecting,
     PeerHolding,
@@ -33,6 +35,7 @@ from tunnel.events import (
     PingReply,
     ResolveWanted,
 )
+from tunnel.identity import Identity
 from tunnel.ledger import Migration, Trigger
 from tunnel.path.network import Address, LocalAddress, LocalNetwork, PathKey
 from tunnel.shell import clock, driver
@@ -888,5 +891,47 @@ def test_what_followers_learn_reaches_the_node() -> None:
         world.driver.endpoints_found("office", [world.local])
         assert world.node.named("mapped_ports_changed") == [(mapped,)]
         assert world.node.named("endpoints_found") == [("office", [world.local])]
+
+    run(test)
+
+
+def test_what_is_new_in_the_configuration_is_told_and_shown() -> None:
+    fresh = PeerConfig(
+        name="home",
+        public_key=Identity.generate().public_key,
+        allowed_ips=(ip_network("fd00::/8"),),
+    )
+    addresses = (ip_interface("fd88::1/128"),)
+    changes = [
+        Change(addresses=addresses, added=(fresh,)),
+        Change(),
+        Change(removed=("office", "home"), added=(fresh,)),
+    ]
+
+    async def test(world: World) -> None:
+        with pytest.raises(LocalError, match="no configuration file"):
+            world.driver.reload()
+        world.driver._reload = lambda: changes.pop(0)
+        world.start()
+        news = {"addresses": ["fd88::1/128"], "added": ["home"], "removed": []}
+        assert world.driver.reload() == news
+        assert world.node.named("add_addresses") == [(addresses,)]
+        assert world.node.named("add_peer") == [("home",)]
+        assert world.driver.peers() == ["office", "home"]
+        assert world.driver.reload() == {"addresses": [], "added": [], "removed": []}
+        assert len(world.node.named("add_peer")) == 1
+        assert world.driver.reload()["removed"] == ["office", "home"]
+        assert world.driver.peers() == ["home"]
+        assert [call[:2] for call in world.node.calls[-3:]] == [
+            ("remove_peer", "office"),
+            ("remove_peer", "home"),
+            ("add_peer", "home"),
+        ]
+        world.driver._reload = refuse
+        with pytest.raises(ConfigError):
+            world.driver.reload()
+
+    def refuse() -> Change:
+        raise ConfigError("nonsense")
 
     run(test)

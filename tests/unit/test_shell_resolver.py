@@ -160,3 +160,27 @@ def test_the_real_look_up() -> None:
     assert lookup("127.0.0.1", 5) == [Address("127.0.0.1", 5)]
     with pytest.raises(OSError):
         lookup("no-such-name.invalid", 5)
+
+
+def test_what_is_forgotten_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resolver, "FIRST_RETRY", 0.01)
+
+    async def main() -> None:
+        reports, dns = Reports(), Names(b="192.0.2.2")
+        names = Resolver(asyncio.get_running_loop(), reports, dns)
+        names.resolve("office", (A,))
+        while dns.asked.count("a.test") < 2:
+            await asyncio.sleep(0.001)
+        names.forget("office")
+        names.forget("nobody")
+        asked = dns.asked.count("a.test")
+        dns.known["a.test"] = "192.0.2.1"
+        names.retry()
+        names.resolve("home", (B,))
+        await reports.count(1)
+        await asyncio.sleep(0.05)
+        assert dns.asked.count("a.test") <= asked + 1  # one may have been under way
+        assert [peer for peer, _ in reports.all] == ["home"]
+        names.close()
+
+    run(main())

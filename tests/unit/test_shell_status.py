@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from tunnel.errors import LocalError, PrivilegeError
+from tun.errors import TunError
+from tunnel.errors import ConfigError, LocalError, PrivilegeError
 from tunnel.events import BenchAnswer
 from tunnel.shell import status
 from tunnel.shell.status import ControlServer, ControlSocket, control_directory, is_alive
@@ -70,6 +71,7 @@ class Tunnel:
         self.waiting: list[Callable[[float], None]] = []
         self.offer: BenchAnswer | None = None
         self.benches: list[tuple[str, int]] = []
+        self.news: dict[str, list[str]] | Exception = {}
 
     def status(self) -> dict[str, Any]:
         return {"interface": "mt0"}
@@ -95,6 +97,11 @@ class Tunnel:
         if self.offer is not None:
             answered(self.offer)
         return self._forget
+
+    def reload(self) -> dict[str, list[str]]:
+        if isinstance(self.news, Exception):
+            raise self.news
+        return self.news
 
     def _forget(self) -> None:
         self.forgotten += 1
@@ -297,5 +304,22 @@ def test_a_client_that_goes_ends_its_pings(tmp_path: Path) -> None:
         while not tunnel.forgotten:
             await asyncio.sleep(0)
         assert len(tunnel.waiting) == 1
+
+    converse(tmp_path, test)
+
+
+def test_a_reload_tells_what_is_new_or_what_is_wrong(tmp_path: Path) -> None:
+    async def test(tunnel: Tunnel, connect: Any, server: ControlServer) -> None:
+        client = await connect()
+        tunnel.news = {"added": ["home"]}
+        answer = await client.ask({"command": "reload"})
+        assert answer == {"ok": True, "result": {"added": ["home"]}}
+        tunnel.news = ConfigError("nonsense", file="mt0.toml", line=3)
+        answer = await client.ask({"command": "reload"})
+        assert answer == {"ok": False, "error": "mt0.toml:3: nonsense", "configuration": True}
+        for error in (TunError("conflict", "a route is there"), LocalError("no file")):
+            tunnel.news = error
+            answer = await client.ask({"command": "reload"})
+            assert answer == {"ok": False, "error": str(error)}
 
     converse(tmp_path, test)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tun.errors import TunError
-from tun.plan import TXQUEUELEN, AddRoute, check_name, plan
+from tun.plan import TXQUEUELEN, AddRoute, check_name, difference, plan
 
 ADDRESSES = (ip_interface("10.88.0.1/24"), ip_interface("fd88::1/64"))
 
@@ -103,3 +103,16 @@ def test_every_allowed_network_is_routed_exactly_once_or_on_link(
     assert len(routed) == len(set(routed))
     on_link = IPv4Network("10.88.0.0/24")
     assert set(routed) == {network for network in allowed if not network.subnet_of(on_link)}
+
+
+def test_the_difference_is_what_changed() -> None:
+    before = plan("mt0", ADDRESSES, 1420, networks("10.99.0.0/16", "fd99::/48"))
+    assert difference(before, before) == ((), ())
+    more = (*ADDRESSES, ip_interface("fd6d::1/128"))
+    after = plan("mt0", more, 1420, networks("10.99.0.0/16", "10.98.0.0/16"))
+    gone, new = difference(before, after)
+    assert [str(step) for step in gone] == ["ip route add fd99::/48 dev mt0"]
+    assert [str(step) for step in new] == [
+        "ip address add fd6d::1/128 dev mt0 nodad",
+        "ip route add 10.98.0.0/16 dev mt0",
+    ]

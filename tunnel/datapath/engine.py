@@ -23,11 +23,9 @@ class Datapath:
 
     def __init__(self, allowed: Iterable[Iterable[Prefix]] = ()) -> None:
         self.engine = Engine()
-        self.engine.set_routes(
-            (network.version, network.network_address.packed, network.prefixlen, owner)
-            for owner, networks in enumerate(allowed)
-            for network in networks
-        )
+        self._allowed = dict(enumerate(tuple(networks) for networks in allowed))
+        self._owners = len(self._allowed)
+        self._set_routes()
         self.driven = False
         """Whether the engine's timers and data are served by an `Io`, and not by us."""
         self.aim: Callable[[Path, PathKey], None] = _nowhere
@@ -36,6 +34,26 @@ class Datapath:
     def lane(self, owner: int, seed: int = 0) -> Lane:
         """The data path of one peer, by its place in `allowed`; `seed` of its flow hash."""
         return Lane(self.engine, owner, seed)
+
+    def allow(self, networks: Iterable[Prefix]) -> int:
+        """A further peer with these networks; returns its place."""
+        owner = self._owners
+        self._owners += 1
+        self._allowed[owner] = tuple(networks)
+        self._set_routes()
+        return owner
+
+    def disallow(self, owner: int) -> None:
+        """Nothing more goes to this peer, nor comes from it. Its place stays empty."""
+        del self._allowed[owner]
+        self._set_routes()
+
+    def _set_routes(self) -> None:
+        self.engine.set_routes(
+            (network.version, network.network_address.packed, network.prefixlen, owner)
+            for owner, networks in self._allowed.items()
+            for network in networks
+        )
 
     def connection(self) -> Connection:
         """The engine's side of one QUIC connection."""

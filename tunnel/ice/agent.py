@@ -5,13 +5,17 @@ sockets with each address of the peer, asks on the pairs (`tunnel.ice.check`), a
 peer asks. Which pair carries the traffic is decided elsewhere, and QUIC judges it.
 
 - New pairs are asked at once, the first 8 in a burst, the rest 5 ms apart: those that must stay
-  warm first, then by the ranks of both ends, then by kind.
+  warm first, the relayed last, between them by the ranks of both ends, then by kind.
 - An authentic question from the peer makes its address a candidate, and is asked back at once
   unless the pair is warm: both ends know a pair after 1.5 round trips of the first question. It
   validates nothing: only an answer does, on the very pair the question went out on.
 - At most 8 warm pairs are asked every second while traffic flows; all others every 15 s, which
   keeps the NAT's mapping. A lost check is repeated after its own timeout; 3 make the pair fail.
 - Whatever fails is tried again (`pair.retry_delay`), at once when the network changes.
+
+Its credentials come from the session (the TLS exporter), or, before there is one, from what both
+ends told each other by way of the rendezvous (`meet`). Both sets are answered side by side; those
+of the session are asked with as long as it lives.
 
 Cost: a check is 100 bytes with a ufrag of 16 characters, its answer 64 (IPv4) or 76 (IPv6). Both
 ends ask, so a warm pair costs each of them, sent and received alike, in UDP payload:
@@ -32,7 +36,15 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from tunnel.config import IPNetwork
 from tunnel.ice import check
-from tunnel.ice.candidate import Base, Candidate, Kind, priority, rank_in, usable_candidate
+from tunnel.ice.candidate import (
+    Base,
+    Candidate,
+    Kind,
+    kind_in,
+    priority,
+    rank_in,
+    usable_candidate,
+)
 from tunnel.ice.check import Credentials, Freshness, Heard
 from tunnel.ice.checklist import CheckList
 from tunnel.ice.events import AgentEvent, CandidatesChanged, CheckReceived
@@ -47,6 +59,8 @@ ANSWERS_PER_SECOND = 50.0
 COPIES_PER_SECOND = 5.0
 """Also the burst, of questions that came before from elsewhere: to answer the first alone would let
 a forwarder that is faster take the pair away, to answer all would lend it our voice."""
+UNPROVEN_CHECKS = 20
+"""In all, on word of the peer that may be somebody's recording: what an old offer costs."""
 
 
 class Agent:
@@ -61,7 +75,10 @@ class Agent:
     ) -> None:
         """`forbidden`: the tunnel's own networks, and those routed into it."""
         self._forbidden = tuple(forbidden)
-        self._credentials: Credentials | None = None
+        self._session: Credentials | None = None
+        self._meeting: Credentials | None = None
+        self._allowance: int | None = None
+        """Checks left on unproven word of the peer; None: no limit."""
         self._network = LocalNetwork()
         self._bases: dict[Address, Base] = {}
         self._out: list[tuple[PathKey, bytes]] = []
@@ -85,11 +102,19 @@ class Agent:
 
     @property
     def running(self) -> bool:
-        return self._credentials is not None
+        return self._asking is not None
+
+    def answers_to(self, ufrag: str) -> bool:
+        """Whether a check for this ufrag is for this agent."""
+        return any(credentials.local_ufrag == ufrag for credentials in self._valid)
 
     @property
-    def local_ufrag(self) -> str | None:
-        return None if self._credentials is None else self._credentials.local_ufrag
+    def _asking(self) -> Credentials | None:
+        return self._session or self._meeting
+
+    @property
+    def _valid(self) -> list[Credentials]:
+        return [each for each in (self._session, self._meeting) if each is not None]
 
     # inputs: the session
 
@@ -99,22 +124,64 @@ class Agent:
         Known pairs are asked at once. That they are not warm any more is not said by events; that
         the peer is to be told our candidates is.
         """
-        if credentials != self._credentials:
+        if credentials != self._session:
             self._heard = Heard()
-        self._credentials = credentials
+        self._session = credentials
+        self._begin(now)
+        self._events.append(CandidatesChanged())
+
+    def meet(
+        self,
+        credentials: Credentials,
+        generation: int,
+        candidates: Sequence[Candidate],
+        now: float,
+        *,
+        fresh: bool,
+    ) -> None:
+        """The peer's word by way of the rendezvous: its credentials and its full list.
+
+        Unless `fresh`, it may be an old recording: then at most 20 checks are spent on it, until
+        the peer has shown itself by a check or an answer.
+        """
+        if credentials != self._meeting:
+            self._meeting = credentials
+            self._allowance = None if fresh else UNPROVEN_CHECKS
+            if self._session is None:
+                self._heard = Heard()
+                self._begin(now)
+        elif fresh:
+            self._allowance = None
+        self.remote_candidates(generation, candidates, now)
+
+    def _begin(self, now: float) -> None:
         self._out.clear()
         self._remotes.new_session()
         self._remotes.network_changed(now)
         self._list.new_session()
-        self._events.append(CandidatesChanged())
 
     def stop(self) -> None:
         """Ask and answer nothing more. What is known of addresses stays for the next session."""
-        self._credentials = None
+        self._session = self._meeting = None
         self._out.clear()
         self._list.new_session()
 
     # inputs: addresses
+
+    def forbidden_changed(self, forbidden: Sequence[IPNetwork]) -> None:
+        """Other networks are routed into the tunnel now. Whatever lies in them is forgotten, by
+        either end; what does no longer comes back with the next snapshot, list or check."""
+        self._forbidden = tuple(forbidden)
+        self._own.forbidden_changed(self._forbidden)
+        self._remotes.forbidden_changed(self._forbidden)
+        usable = {a: b for a, b in self._bases.items() if usable_candidate(a, self._forbidden)}
+        if usable != self._bases:
+            self._bases = usable
+            self._own.keep_bases(usable)
+            self._list.bases_changed(self._network, usable)
+        else:
+            self._list.rebuild()
+        self._refresh_own()
 
     def bases_changed(self, network: LocalNetwork, bases: Sequence[Base], now: float) -> None:
         """A full snapshot. A base is paired with what its interface has a route to."""
@@ -177,20 +244,21 @@ class Agent:
 
     def receive(self, data: bytes, path: PathKey, now: float) -> bool:
         """Take a STUN datagram; False if it is not for this agent."""
-        credentials = self._credentials
-        if credentials is None or not check.looks_like_stun(data):
+        if not self.running or not check.looks_like_stun(data):
             return False
         username = check.username_of(data)
         if username is not None:
-            if username.partition(":")[0] != credentials.local_ufrag:
-                return False
-            self.counters["bytes_received"] += len(data)
-            self._receive_request(data, credentials, path, now)
-            return True
+            ufrag = username.partition(":")[0]
+            for credentials in self._valid:
+                if credentials.local_ufrag == ufrag:
+                    self.counters["bytes_received"] += len(data)
+                    self._receive_request(data, credentials, path, now)
+                    return True
+            return False
         if check.transaction_id_of(data) not in self._list.transactions:
             return False
         self.counters["bytes_received"] += len(data)
-        self._receive_response(data, credentials, path, now)
+        self._receive_response(data, path, now)
         return True
 
     def _receive_request(
@@ -206,9 +274,12 @@ class Agent:
         if fresh is Freshness.OLD or not bucket.take(now):
             return
         self.counters["checks_received"] += 1
+        self._allowance = None
         if path not in self._list.pairs and path.local in self._bases:
             rank, metered = rank_in(asked)
-            self._remotes.see(path.remote, rank, metered, self._list.standing(), now)
+            self._remotes.see(
+                path.remote, rank, metered, self._list.standing(), now, kind=kind_in(asked)
+            )
             self._list.rebuild(heard=path)
         pair = self._list.pairs.get(path)
         if pair is None or pair.answers.take(now):
@@ -221,18 +292,18 @@ class Agent:
         if not pair.warm:
             self._list.ask_now(pair, now)
 
-    def _receive_response(
-        self, data: bytes, credentials: Credentials, path: PathKey, now: float
-    ) -> None:
+    def _receive_response(self, data: bytes, path: PathKey, now: float) -> None:
         transaction = check.transaction_id_of(data)
         asked_at = self._list.transactions.asked_at(transaction, path)
         pair = self._list.pairs.get(path)
-        mapped = check.read_response(data, credentials)
+        read = (check.read_response(data, credentials) for credentials in self._valid)
+        mapped = next(filter(None, read), None)
         if mapped is None or asked_at is None or pair is None:
             self.counters["refused"] += 1
             return
         self._list.transactions.close(transaction)
         self.counters["checks_answered"] += 1
+        self._allowance = None
         known = pair.warm and pair.mapped == mapped
         self._list.answered(pair, mapped, asked_at, now)
         if not known:
@@ -294,10 +365,17 @@ class Agent:
         return out
 
     def _send_check(self, pair: LivePair, transaction: bytes) -> None:
-        if self._credentials is not None:
-            wanted = priority(Kind.PRFLX, pair.base.rank, pair.base.metered)
-            self.counters["checks_sent"] += 1
-            self._send(pair.key, check.request(self._credentials, transaction, wanted))
+        credentials = self._asking
+        if credentials is None:
+            return
+        if self._session is None and self._allowance is not None:
+            if not self._allowance:
+                return
+            self._allowance -= 1
+        kind = Kind.RELAY if pair.base.relay else Kind.PRFLX
+        wanted = priority(kind, pair.base.rank, pair.base.metered)
+        self.counters["checks_sent"] += 1
+        self._send(pair.key, check.request(credentials, transaction, wanted))
 
     def _send(self, path: PathKey, data: bytes) -> None:
         self.counters["bytes_sent"] += len(data)

@@ -40,6 +40,10 @@ _HEADER = 20
 _COOKIE = struct.pack("!I", stun.COOKIE)
 _BINDING_REQUEST = b"\x00\x01"
 _USERNAME = 0x0006
+_PADDING = 0xFFFF
+"""No attribute of anybody's: every server ignores it (RFC 8489 section 14). RFC 5780's own PADDING
+has the answer padded to the server's MTU, which is then cut on the way and often lost."""
+_CHANGE_IP, _CHANGE_PORT = 0x4, 0x2  # section 7.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,9 +120,19 @@ def response(credentials: Credentials, transaction: bytes, mapped: Address) -> b
     return bytes(message)
 
 
-def server_request(transaction: bytes) -> bytes:
-    """A question to a public server (RFC 8489 section 7.1), which knows no credentials."""
+def server_request(
+    transaction: bytes, *, change_ip: bool = False, change_port: bool = False, size: int = 0
+) -> bytes:
+    """A question to a public server (RFC 8489 section 7.1), which knows no credentials.
+
+    `change_ip` and `change_port`: to be answered from another address of the server (RFC 5780
+    section 7.2). `size`: padded to so many bytes, a multiple of 4.
+    """
     message = stun.Message(stun.Method.BINDING, stun.Class.REQUEST, transaction)
+    if change_ip or change_port:
+        message.attributes["CHANGE-REQUEST"] = change_ip * _CHANGE_IP | change_port * _CHANGE_PORT
+    if size:
+        return _padded(bytes(message), size)
     message.add_fingerprint()
     return bytes(message)
 
@@ -152,6 +166,18 @@ def read_server_response(data: bytes) -> Address | None:
     """Where a public server saw our request come from. An error response is None, too."""
     message = _parse(data, stun.Class.RESPONSE)
     return None if message is None else _mapped(message)
+
+
+def read_other_address(data: bytes) -> Address | None:
+    """The server's other address, of the response of one that can do RFC 5780 (section 7.4)."""
+    message = _parse(data, stun.Class.RESPONSE)
+    other = None if message is None else message.attributes.get("OTHER-ADDRESS")
+    return Address(*other) if other is not None and other[1] > 0 else None
+
+
+def is_request(data: bytes) -> bool:
+    """Whether a datagram that looks like STUN is a question, and not an answer to one."""
+    return data[:2] == _BINDING_REQUEST
 
 
 class Transactions:
@@ -223,6 +249,13 @@ class Heard:
             oldest = self._newest - REPLAY_WINDOW
             self._paths = {n: p for n, p in self._paths.items() if n > oldest}
         return Freshness.NEW
+
+
+def _padded(message: bytes, size: int) -> bytes:
+    """With one more attribute, which fills it up."""
+    value = size - len(message) - 4
+    header = message[:2] + struct.pack("!H", size - _HEADER) + message[4:]
+    return header + struct.pack("!HH", _PADDING, value) + bytes(value)
 
 
 def _parse(data: bytes, message_class: stun.Class) -> stun.Message | None:

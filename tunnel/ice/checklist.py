@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Collection, Iterable, Mapping
 
-from tunnel.ice.candidate import Base
+from tunnel.ice.candidate import Base, relay_reaches
 from tunnel.ice.check import Transactions
 from tunnel.ice.events import AgentEvent, PairAnswered, PairDown, PairUp
 from tunnel.ice.pacing import Bucket
@@ -150,10 +150,12 @@ class CheckList:
             failed=frozenset(r.address for r in self._remotes if r.address not in alive),
         )
 
-    def order(self, pair: LivePair) -> tuple[bool, tuple[int, int, PathKey]]:
+    def order(self, pair: LivePair) -> tuple[bool, tuple[bool, int, int, PathKey]]:
         return (pair.key not in self.kept, pair.order)
 
     def _has_route(self, base: Base, remote: Address) -> bool:
+        if base.relay:  # the routes are the server's
+            return relay_reaches(base.address, remote)
         sources = self._sources.get(remote.host)
         if sources is None:
             if len(self._sources) >= MAX_PAIRS:

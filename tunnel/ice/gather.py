@@ -2,9 +2,10 @@
 
 Every base asks every server it has a route to: at once when either is new, then every 5 minutes,
 and every 20 s while `busy`: while a peer is to be met through a NAT, the mapping that it was told
-must stay alive, and before there are pairs nothing else keeps it so. Whoever knows that sets
-`busy`; there is no other rule. Where servers disagree, the first in the list that answered is
-believed: a NAT that maps each destination to another port has no address to tell anyway.
+must stay alive, and before there are pairs nothing else keeps it so; and an answer that was lost
+is asked for again sooner. Whoever knows that sets `busy`; there is no other rule. Where servers
+disagree, the first in the list that answered is believed: a NAT that maps each destination to
+another port has no address to tell anyway.
 
 Cost: 28 bytes a question (UDP payload), about as many an answer.
 """
@@ -22,7 +23,11 @@ from tunnel.path.network import Address, LocalNetwork, PathKey, is_usable_remote
 
 FIRST_RTO = 0.5
 TRIES = 7
-LAST_WAIT = 16 * FIRST_RTO  # RFC 8489 section 6.2.1: RTO, Rc and Rm
+LAST_WAIT = 8.0  # RFC 8489 section 6.2.1: RTO, Rc and Rm, which is 16 RTO
+BUSY_RTO = 0.1
+"""While `busy`: what leaves first from a new address meets neighbour tables and NATs that are not
+ready, and two ends that have no path wait for it. A seventh question still leaves 6.3 s after the
+first, so that a slow path is asked no less long."""
 INTERVAL = 300.0
 """Seconds. A mapping that changed unseen, with sessions on it, is learnt from those much sooner."""
 BUSY_INTERVAL = 20.0
@@ -46,6 +51,7 @@ class _Question:
     tries: int = 0
     due: float = 0.0
     """Of the next try."""
+    tried_at: float = 0.0
     asked_at: float = 0.0
     """When the last round began."""
     answer: Address | None = None
@@ -60,7 +66,7 @@ class Gatherer:
         self._bases: dict[Address, Base] = {}
         self._servers: list[Address] = []
         self._questions: dict[PathKey, _Question] = {}
-        self._interval = INTERVAL
+        self._busy = False
         self._mapped: dict[Address, Address] = {}
         self._out: list[tuple[PathKey, bytes]] = []
         self._events: deque[MappedChanged] = deque()
@@ -75,17 +81,22 @@ class Gatherer:
 
     def bases_changed(self, network: LocalNetwork, bases: Sequence[Base], now: float) -> None:
         """A full snapshot, as the agent's."""
-        for base in bases:
+        for base in bases:  # a relay has no socket that a server could be asked from
             known = self._bases.get(base.address)
             if known is not None and known.interface != base.interface:
                 self._forget(base.address)
         self._network = network
-        self._bases = {base.address: base for base in bases}
+        self._bases = {base.address: base for base in bases if not base.relay}
         self._rebuild(now)
 
     def busy(self, busy: bool) -> None:
-        """Whether mappings are to be kept alive (see above)."""
-        self._interval = BUSY_INTERVAL if busy else INTERVAL
+        """Whether mappings are to be kept alive (see above), and answers to be had soon."""
+        if busy and not self._busy:
+            for question in self._questions.values():
+                if question.transaction and 0 < question.tries < TRIES:
+                    soon = question.tried_at + BUSY_RTO * 2 ** (question.tries - 1)
+                    question.due = min(question.due, soon)
+        self._busy = busy
 
     def again(self, now: float) -> None:
         """Ask all now: the network changed in some way that no address shows."""
@@ -114,8 +125,9 @@ class Gatherer:
             if question.tries == TRIES:
                 self._end(question, None)
                 continue
-            wait = FIRST_RTO * 2**question.tries
+            wait = (BUSY_RTO if self._busy else FIRST_RTO) * 2**question.tries
             question.tries += 1
+            question.tried_at = now
             question.due = now + (LAST_WAIT if question.tries == TRIES else wait)
             self._out.append((question.key, check.server_request(question.transaction)))
 
@@ -164,7 +176,8 @@ class Gatherer:
             question.due = now + number * PACE
 
     def _due(self, question: _Question) -> float:
-        return question.due if question.transaction else question.asked_at + self._interval
+        interval = BUSY_INTERVAL if self._busy else INTERVAL
+        return question.due if question.transaction else question.asked_at + interval
 
     def _end(self, question: _Question, answer: Address | None) -> None:
         question.transaction = b""

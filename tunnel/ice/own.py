@@ -1,10 +1,10 @@
 """Our own candidates, as the peer is told them: a full list with a generation.
 
-Host candidates, one for each base; server-reflexive ones, of which there are four sources for a
-base: the port that the router mapped to it, STUN servers, what the peer observed of the session,
-and what it saw our checks come from. Behind a NAT that maps each destination to another port the
-latter three never agree, so that only the few seen most often are told. Advertised addresses come
-first: somebody configured them.
+Host candidates, one for each base, or relayed ones, where it is a relay; server-reflexive ones, of
+which there are four sources for a base: the port that the router mapped to it, STUN servers, what
+the peer observed of the session, and what it saw our checks come from. Behind a NAT that maps each
+destination to another port the latter three never agree, so that only the few seen most often are
+told. Advertised addresses come first: somebody configured them.
 
 A mapped port is the best of those of a base: everybody may send there. Unless its address is not
 public: then the router is behind another NAT, and the mapping leads to us for those between the two
@@ -43,6 +43,10 @@ class OwnCandidates:
     def mapped_changed(self, mapped: Mapping[Address, Address]) -> None:
         self._mapped = dict(mapped)
 
+    def forbidden_changed(self, forbidden: Sequence[IPNetwork]) -> None:
+        """True for what the next `refresh` makes."""
+        self._forbidden = tuple(forbidden)
+
     def reflexive_changed(self, mapped: Mapping[Address, Address]) -> None:
         self._reflexive = dict(mapped)
 
@@ -59,8 +63,11 @@ class OwnCandidates:
         """Make the list anew. With pairs that are warm, what others saw is old."""
         pairs = [pair for pair in pairs if pair.mapped is not None]
         found: list[Candidate] = [Candidate(a, Kind.SRFLX, 0, False) for a in self._advertise]
-        for base in sorted(bases, key=lambda base: (base.rank, base.address)):
+        for base in sorted(bases, key=lambda base: (base.relay, base.rank, base.address)):
             rank = min(base.rank, MAX_RANK)
+            if base.relay:
+                found.append(Candidate(base.address, Kind.RELAY, rank, base.metered))
+                continue
             found.append(Candidate(base.address, Kind.HOST, rank, base.metered))
             mine = [pair for pair in pairs if pair.base is base]
             counted = Counter(

@@ -72,7 +72,7 @@ class Pair:
 
     key: PathKey
     kind: Kind
-    """Of the remote candidate."""
+    """Of the remote candidate; RELAY where either end is a relay."""
     state: PairState
     rtt: float | None
     """Smoothed, seconds; None: never measured. Survives a failure and a session."""
@@ -85,6 +85,8 @@ class Pair:
     """Since when it is warm without a break."""
     loss: float
     """Share of the last checks (about 8) that were not answered in time."""
+    source: str
+    """The IP address that its packets leave this host from."""
     local_rank: int
     remote_rank: int
     metered: bool
@@ -192,14 +194,20 @@ class LivePair:
         return self.base.metered or self.remote.metered
 
     @property
-    def order(self) -> tuple[int, int, PathKey]:
-        """Best first: the ranks of both ends, then the kind; the key, so that it is total."""
-        return (self.base.rank + self.remote.rank, -preference(self.remote.kind), self.key)
+    def kind(self) -> Kind:
+        return Kind.RELAY if self.base.relay else self.remote.kind
+
+    @property
+    def order(self) -> tuple[bool, int, int, PathKey]:
+        """Best first: what is direct, the ranks of both ends, the kind; the key, so that it is
+        total."""
+        rank = self.base.rank + self.remote.rank
+        return (self.kind is Kind.RELAY, rank, -preference(self.kind), self.key)
 
     def snapshot(self) -> Pair:
         return Pair(
             key=self.key,
-            kind=self.remote.kind,
+            kind=self.kind,
             state=self.state,
             rtt=self.rtt,
             rtt_variance=self.rtt_variance,
@@ -208,6 +216,7 @@ class LivePair:
             misses=self.misses,
             valid_since=self.valid_since,
             loss=self.loss,
+            source=self.base.source,
             local_rank=self.base.rank,
             remote_rank=self.remote.rank,
             metered=self.metered,
@@ -221,15 +230,20 @@ class LivePair:
 def warm_set(pairs: Iterable[LivePair], kept: Collection[PathKey]) -> frozenset[PathKey]:
     """The warm pairs to be asked at the full rate, at most MAX_WARM.
 
-    Those that must stay warm, the best of every local base, then the best of all.
+    Those that must stay warm, the best relayed one, which is left when nothing direct is, the best
+    of every local base, then the best of all.
     """
     warm = sorted((pair for pair in pairs if pair.warm), key=lambda pair: pair.order)
     seen: set[Address] = set()
+    relayed = False
     ranked: list[tuple[int, int, PathKey]] = []
     for place, pair in enumerate(warm):
         first = pair.key.local not in seen
         seen.add(pair.key.local)
-        ranked.append((0 if pair.key in kept else 1 if first else 2, place, pair.key))
+        fallback = pair.kind is Kind.RELAY and not relayed
+        relayed = relayed or fallback
+        worth = 0 if pair.key in kept else 1 if fallback else 2 if first else 3
+        ranked.append((worth, place, pair.key))
     return frozenset(key for _, _, key in sorted(ranked)[:MAX_WARM])
 
 

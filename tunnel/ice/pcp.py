@@ -95,6 +95,11 @@ def pcp_map(base: Address, nonce: bytes, *, lifetime: int, host: str = "", port:
     )
 
 
+def pcp_announce(host: str) -> bytes:
+    """Ask whether there is a PCP gateway, for nothing else; `host` is our address."""
+    return _PCP_REQUEST.pack(_PCP, _ANNOUNCE, 0, _wide(host))
+
+
 def natpmp_address() -> bytes:
     """Ask for the external address."""
     return bytes([_NATPMP, _ASK_ADDRESS])

@@ -88,6 +88,13 @@ class Remotes:
     def get(self, address: Address) -> Remote | None:
         return self._known.get(address)
 
+    def forbidden_changed(self, forbidden: Sequence[IPNetwork]) -> None:
+        """Forget what is inside the tunnel now."""
+        self._forbidden = tuple(forbidden)
+        for remote in self:
+            if not usable_candidate(remote.address, self._forbidden):
+                self.forget(remote.address)
+
     def new_session(self) -> None:
         """The peer may have been restarted, and counts its lists from the beginning."""
         self.generation = -1
@@ -135,11 +142,18 @@ class Remotes:
             known.configured |= configured
 
     def see(
-        self, address: Address, rank: int, metered: bool, standing: Standing, now: float
+        self,
+        address: Address,
+        rank: int,
+        metered: bool,
+        standing: Standing,
+        now: float,
+        *,
+        kind: Kind = Kind.PRFLX,
     ) -> None:
         """An authentic check of the peer came from there."""
         if usable_candidate(address, self._forbidden):
-            self._admit(Candidate(address, Kind.PRFLX, rank, metered), 0, standing, now)
+            self._admit(Candidate(address, kind, rank, metered), 0, standing, now)
 
     def forget(self, address: Address) -> None:
         remote = self._known.pop(address, None)

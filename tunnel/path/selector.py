@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from tunnel.path.network import Address, LocalNetwork, PathKey, is_usable_remote
 
@@ -36,6 +37,8 @@ FLAP_MEMORY = 120.0
 """Seconds after which a move is forgotten; until then each doubles the wait for the next one that
 nobody needs."""
 
+_T = TypeVar("_T")
+
 
 @dataclass(frozen=True, slots=True)
 class Facts:
@@ -45,6 +48,8 @@ class Facts:
     warm: bool
     """It answers checks."""
     relayed: bool = False
+    source: str = ""
+    """The IP address that it leaves this host from; empty: that of the local socket."""
     metered: bool = False
     """At either end."""
     rank: int = 0
@@ -56,6 +61,10 @@ class Facts:
     """Share of the latest checks that were not answered."""
     failed: bool = False
     """QUIC found it dead lately, whatever the checks say."""
+
+    @property
+    def uplink(self) -> str:
+        return self.source or self.key.local.host
 
 
 def order(facts: Iterable[Facts]) -> list[Facts]:
@@ -122,6 +131,8 @@ def second(
 
     `metered`: whether a metered path may serve. `current` stays while nothing is better in kind.
     """
+    facts = list(facts)
+    leaves = next((path.uplink for path in facts if path.key == active), active.local.host)
     usable = [
         path
         for path in facts
@@ -131,9 +142,7 @@ def second(
         return None
 
     def key(path: Facts) -> tuple[int, bool, bool, int, bool, float]:
-        shared = (path.key.local.host == active.local.host) * 2 + (
-            path.key.remote.host == active.remote.host
-        )
+        shared = (path.uplink == leaves) * 2 + (path.key.remote.host == active.remote.host)
         rtt = path.rtt if path.rtt is not None else float("inf")
         return (shared, path.relayed, path.metered, path.rank, path.key != current, rtt)
 
@@ -185,9 +194,9 @@ def candidates(
     return [entry[3] for entry in ranked[:limit]]
 
 
-def unique(addresses: Iterable[Address]) -> list[Address]:
+def unique(items: Iterable[_T]) -> list[_T]:
     """Without repetitions, in order."""
-    return list(dict.fromkeys(addresses))
+    return list(dict.fromkeys(items))
 
 
 def best_from(network: LocalNetwork, port: int, remotes: Sequence[Address]) -> PathKey | None:

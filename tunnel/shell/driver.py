@@ -16,13 +16,15 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import inf
 from typing import Any, Protocol
 
 from tun.device import TunDevice
 from tun.errors import TunError
 from tun.linux import read_failure
+from tunnel.config import IPInterface, PeerConfig, RendezvousConfig, TurnConfig
+from tunnel.config_change import Change
 from tunnel.datapath.engine import Connection, Datapath, Path
 from tunnel.errors import LocalError
 from tunnel.events import (
@@ -39,12 +41,16 @@ from tunnel.events import (
     PortWanted,
     ResolveWanted,
 )
+from tunnel.ice.candidate import Relay
 from tunnel.path.network import Address, LocalNetwork, PathKey
+from tunnel.rendezvous.meeting import Meeting
 from tunnel.shell import clock, crypto
 from tunnel.shell.bench import Benches, BenchRefused
 from tunnel.shell.clock import HEARTBEAT, Alarm, JumpDetector
 from tunnel.shell.log import Log
+from tunnel.shell.mqtt import Signaller
 from tunnel.shell.netmon import NetworkMonitor
+from tunnel.shell.relay import Relays
 from tunnel.shell.resolver import Resolver
 from tunnel.shell.udp import UdpSocket, UdpSockets, pack, unpack
 
@@ -83,6 +89,7 @@ class Node(Protocol):
     def receive_datagram(self, data: bytes, path: PathKey, now: float) -> None: ...
     def network_changed(self, network: LocalNetwork, port: int, now: float) -> None: ...
     def port_opened(self, local: Address, now: float) -> None: ...
+    def relays_changed(self, relays: tuple[Relay, ...], now: float) -> None: ...
     def endpoints_resolved(self, peer: str, addresses: list[Address], now: float) -> None: ...
     def mapped_ports_changed(self, mapped: dict[Address, Address], now: float) -> None: ...
     def endpoints_found(self, peer: str, addresses: list[Address], now: float) -> None: ...
@@ -94,8 +101,17 @@ class Node(Protocol):
     def bench_served(
         self, peer: str, token: int, port: int, secret: bytes, reason: str, now: float
     ) -> None: ...
+    def add_addresses(self, addresses: Sequence[IPInterface]) -> None: ...
+    def add_peer(self, config: PeerConfig, now: float) -> None: ...
+    def remove_peer(self, peer: str, now: float) -> None: ...
     def close(self, now: float) -> None: ...
     def datagrams_to_send(self, now: float) -> list[tuple[PathKey, bytes]]: ...
+    def signaller_connected(self, now: float) -> None: ...
+    def signaller_disconnected(self, now: float) -> None: ...
+    def signal_received(self, topic: str, payload: bytes, now: float) -> None: ...
+    def signals_to_send(self, now: float) -> list[tuple[str, bytes]]: ...
+    @property
+    def meeting(self) -> Meeting | None: ...
     def get_timer(self) -> float | None: ...
     def next_event(self) -> NodeEvent | None: ...
     def status(self, now: float) -> dict[str, Any]: ...
@@ -127,7 +143,8 @@ class Follower(Protocol):
 class Driver:
     """Drives one node in the running loop. Implements `status.Control`.
 
-    `strict` is for tests: the first bug ends the tunnel, and `wait()` raises it.
+    `reload` reads the configuration again, changes the interface, and says what is new. `strict`
+    is for tests: the first bug ends the tunnel, and `wait()` raises it.
     """
 
     def __init__(
@@ -138,13 +155,17 @@ class Driver:
         *,
         listen_port: int,
         peers: list[str],
+        rendezvous: RendezvousConfig | None = None,
+        reload: Callable[[], Change] | None = None,
+        turn: Sequence[TurnConfig] = (),
         strict: bool = False,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._node = node
         self._tun = tun
         self._monitor = monitor
-        self._peers = peers
+        self._peers = list(peers)
+        self._reload = reload
         self._strict = strict
         self._io = node.datapath.drive(
             tun.fileno(), tcp=tun.offload.tcp, udp=tun.offload.udp, aim=self._aim
@@ -152,7 +173,23 @@ class Driver:
         self._numbers: dict[Address, int] = {}  # the engine's, of our sockets
         self._locals: dict[int, Address] = {}
         self._sockets = UdpSockets(listen_port, self._watch, self._unwatch)
+        self._relays = Relays(
+            turn,
+            changed=self._on_relays,
+            opened=self._watch,
+            closing=self._unwatch,
+            received=self._on_relayed,
+        )
         self._resolver = Resolver(self._loop, self._resolved)
+        self._signaller: Signaller | None = None
+        if rendezvous is not None and node.meeting is not None:
+            self._signaller = Signaller(
+                rendezvous,
+                will=node.meeting.will,
+                connected=lambda: self._turn(self._node.signaller_connected),
+                disconnected=lambda: self._turn(self._node.signaller_disconnected),
+                received=self._on_signal,
+            )
         self._followers: dict[str, Follower] = {}
         self._alarm = Alarm()
         self._jumps = JumpDetector(clock.now(), clock.monotonic())
@@ -179,6 +216,8 @@ class Driver:
     def start(self) -> None:
         """Look at the network and begin. Raises LocalError (port in use), OSError."""
         now = clock.now()
+        if self._signaller is not None:
+            self._signaller.start()
         self._take(self._monitor.snapshot(), now)
         self._loop.add_reader(self._monitor.fileno(), self._on_doorbell)
         self._loop.add_reader(self._alarm.fileno(), self._on_alarm)
@@ -201,6 +240,11 @@ class Driver:
         """Until the node has closed. Raises TunError when the device was removed under us."""
         await asyncio.shield(self._stopped)
 
+    async def sign_off(self) -> None:
+        """Leave the broker; before `close()`."""
+        if self._signaller is not None:
+            await self._signaller.close()
+
     def close(self) -> None:
         """Stop watching and close sockets and alarm; device and monitor belong to the caller."""
         for timer in (self._look, self._closing):
@@ -212,6 +256,7 @@ class Driver:
         self._loop.remove_reader(self._io.fileno())
         self._loop.remove_reader(self._monitor.fileno())
         self._loop.remove_reader(self._alarm.fileno())
+        self._relays.close()
         self._sockets.close()
         self._io.close()
         self._alarm.close()
@@ -227,13 +272,17 @@ class Driver:
             **crypto.report(),
             "tun_offload": [kind for kind in ("tcp", "udp") if getattr(offload, kind)],
         }
+        if self._signaller is not None:
+            status["rendezvous"] = {**status.get("rendezvous", {}), **self._signaller.status()}
         status |= {name: follower.status() for name, follower in self._followers.items()}
+        status["relays"] = self._relays.status()
         engine = {} if self._stopped.done() else self._io.counters  # it goes with close()
         status["counters"] = {
             **status.get("counters", {}),
             **engine,
             "control_dropped": self._sockets.dropped,
             "control_refused": self._sockets.refused,
+            "relay_dropped": self._relays.dropped,
             "internal_errors": self._bugs,
         }
         return status
@@ -272,6 +321,36 @@ class Driver:
         """Where a peer seems to be, in full."""
         self._turn(lambda now: self._node.endpoints_found(peer, addresses, now))
 
+    def reload(self) -> dict[str, list[str]]:
+        """Take what is new in the configuration; returns names, as strings.
+
+        Raises ConfigError, LocalError, TunError: then nothing has changed.
+        """
+        if self._reload is None:
+            raise LocalError("this tunnel has no configuration file")
+        change = self._reload()
+
+        def feed(now: float) -> None:
+            if change.addresses:
+                self._node.add_addresses(change.addresses)
+            for name in change.removed:
+                self._node.remove_peer(name, now)
+                self._resolver.forget(name)
+            for peer in change.added:
+                self._node.add_peer(peer, now)
+
+        self._peers = [name for name in self._peers if name not in change.removed]
+        self._peers += [peer.name for peer in change.added]
+        if change:
+            self._turn(feed)
+        news = {
+            "addresses": [str(address) for address in change.addresses],
+            "added": [peer.name for peer in change.added],
+            "removed": list(change.removed),
+        }
+        _log.info("reloaded", **{key: ",".join(names) for key, names in news.items() if names})
+        return news
+
     # ---- what wakes us ----
 
     def _on_engine(self) -> None:
@@ -282,8 +361,9 @@ class Driver:
             return
         # Looked up now: the sockets, and with them the numbers, may change before the node is fed.
         raw = [
-            (data, PathKey(self._locals[number], unpack(sockaddr)))
+            (data, path)
             for number, sockaddr, data in self._io.take_raw()
+            if (path := self._path(self._locals[number], unpack(sockaddr))) is not None
         ]
         now = clock.now()
         # An overdue alarm may mean that the process slept, which the node is to hear first.
@@ -309,6 +389,12 @@ class Driver:
                 self._node.receive_datagram(data, path, now)
             except Exception as error:  # one datagram's fault is not the others'
                 self._bug(error, now)
+
+    def _on_relayed(self, raw: list[tuple[bytes, PathKey]]) -> None:
+        self._turn(lambda now: self._receive(raw, now))
+
+    def _on_relays(self, relays: tuple[Relay, ...]) -> None:
+        self._turn(lambda now: self._node.relays_changed(relays, now))
 
     def _on_alarm(self) -> None:
         def feed(now: float) -> None:
@@ -337,6 +423,9 @@ class Driver:
     def _resolved(self, peer: str, addresses: list[Address]) -> None:
         self._turn(lambda now: self._node.endpoints_resolved(peer, addresses, now))
 
+    def _on_signal(self, topic: str, payload: bytes) -> None:
+        self._turn(lambda now: self._node.signal_received(topic, payload, now))
+
     # ---- one turn ----
 
     def _turn(self, feed: Callable[[float], object]) -> None:
@@ -351,7 +440,10 @@ class Driver:
                 self._alarm.arm(inf)  # its deadline is old news; _flush() sets a new one
                 self._heartbeat = -inf
                 self._look_at_network(now)  # a wake-up is a network change
+                self._relays.resumed()
                 self._node.resumed(now)
+                if self._signaller is not None:
+                    self._signaller.network_changed()
                 self._loop.call_soon(self._each, lambda follower: follower.resumed())
             feed(now)
         except TunError as error:
@@ -388,7 +480,7 @@ class Driver:
         node = self._node
         for _ in range(SEND_ROUNDS):
             self._engine_events(now)
-            failures = self._sockets.send(node.datagrams_to_send(now))
+            failures = self._send(node.datagrams_to_send(now))
             for path, error in failures:
                 _log.debug("send failed", path=path, error=os.strerror(error))
                 node.send_failed(path, error, now)
@@ -396,8 +488,26 @@ class Driver:
             self._io.transmit()
             if not failures and not self._io.eventful():
                 break
+        if self._signaller is not None and node.meeting is not None:
+            self._signaller.subscribe(node.meeting.topics())
+            for topic, payload in node.signals_to_send(now):
+                self._signaller.publish(topic, payload)
         while (event := node.next_event()) is not None:
             self._on_event(event)
+
+    def _send(self, datagrams: list[tuple[PathKey, bytes]]) -> list[tuple[PathKey, int]]:
+        """Send them, each by a socket or a relay; the paths that failed, with the errno."""
+        relayed = [(path, data) for path, data in datagrams if self._relays.owns(path.local)]
+        if not relayed:
+            return self._sockets.send(datagrams)
+        failures = self._sockets.send(
+            [(path, data) for path, data in datagrams if not self._relays.owns(path.local)]
+        )
+        for path, data in relayed:
+            error = self._relays.send(path, data)
+            if error and path not in dict(failures):
+                failures.append((path, error))
+        return failures
 
     def _on_event(self, event: NodeEvent) -> None:
         match event:
@@ -465,8 +575,11 @@ class Driver:
         self._network = network
         if usable != self._told:
             self._told = usable
+            self._relays.network_changed(usable)
             self._node.network_changed(usable, self._sockets.port, now)
             self._loop.call_soon(self._resolver.retry)
+            if self._signaller is not None:
+                self._signaller.network_changed()
             port = self._sockets.port
             self._loop.call_soon(
                 self._each, lambda follower: follower.network_changed(usable, port)
@@ -501,7 +614,18 @@ class Driver:
             self._turn(lambda now: self._node.port_opened(local, now))
 
     def _aim(self, path: Path, key: PathKey) -> None:
-        path.aim(self._numbers.get(key.local, NO_SOCKET), pack(key.remote))
+        local, remote = key
+        relayed = self._relays.socket_of(key)
+        if relayed is not None:
+            udp, remote = relayed
+            local = udp.local
+        path.aim(self._numbers.get(local, NO_SOCKET), pack(remote))
+
+    def _path(self, local: Address, remote: Address) -> PathKey | None:
+        """The path of what came in at a socket from there; None if nobody sends there but us."""
+        if self._relays.serves(local):
+            return self._relays.path_of(local, remote)
+        return PathKey(local, remote)
 
     def _serve_bench(self, wanted: BenchWanted) -> None:
         if self._stopped.done() or self._closing is not None:

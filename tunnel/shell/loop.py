@@ -17,7 +17,6 @@ import uvloop
 from tun.apply import apply
 from tun.errors import TunError
 from tun.linux import LinuxTun
-from tun.plan import plan
 from tunnel.config import Config, check_own_key
 from tunnel.control import BOOT_ID_LENGTH
 from tunnel.errors import LocalError
@@ -27,6 +26,7 @@ from tunnel.shell.driver import Driver, Node
 from tunnel.shell.log import Log
 from tunnel.shell.netmon import Netlink
 from tunnel.shell.portmap import PortMapper
+from tunnel.shell.reload import Reloader, plan_of
 from tunnel.shell.status import ControlServer, ControlSocket
 
 NodeFactory = Callable[[Config, Identity, TextIO | None], Node]
@@ -72,8 +72,7 @@ async def _main(
 
         tun = LinuxTun.open(interface.name, interface.mtu)
         undo.callback(tun.close)
-        networks = [network for peer in config.peers for network in peer.allowed_ips]
-        applied = apply(plan(interface.name, interface.address, interface.mtu, networks))
+        applied = apply(plan_of(config))
         undo.callback(_undo_plan, applied.undo)
 
         try:
@@ -88,6 +87,9 @@ async def _main(
             monitor,
             listen_port=interface.listen_port or 0,
             peers=[peer.name for peer in config.peers],
+            rendezvous=config.rendezvous,
+            reload=Reloader(config, identity.public_key, applied).take,
+            turn=config.ice.turn,
             strict=strict,
         )
         undo.callback(driver.close)
@@ -120,6 +122,7 @@ async def _main(
             await driver.wait()
         finally:
             systemd.notify(systemd.STOPPING)
+            await driver.sign_off()
             undo.close()
             # Last, so that `martlet down` returns when all is undone.
             await server.stop()

@@ -68,6 +68,11 @@ class Resolver:
                 self._start(peer, endpoint, answer)
         self._report(peer)
 
+    def forget(self, peer: str) -> None:
+        """Nobody wants this peer any more."""
+        for answer in self._peers.pop(peer, {}).values():
+            answer.stop_retrying()
+
     def retry(self) -> None:
         """Try at once what has failed: the network changed, so perhaps DNS is back."""
         for peer, answers in self._peers.items():
@@ -146,8 +151,8 @@ class _Answer:
 
 
 def _whose(peer: str) -> dict[str, str]:
-    """A field of the log: whose name it is."""
-    return {"peer": peer} if peer else {"of": "stun"}
+    """A field of the log: whose name it is; that of a server is no name of a peer."""
+    return {"peer": peer} if peer and ":" not in peer else {"of": peer or "stun"}
 
 
 _log = Log("resolver")

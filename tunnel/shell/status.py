@@ -1,5 +1,5 @@
-"""The control socket: how `martlet status`, `history`, `ping`, `bench` and `down` reach a running
-tunnel.
+"""The control socket: how `martlet status`, `history`, `ping`, `bench`, `reload` and `down` reach a
+running tunnel.
 
 A Unix stream socket at /run/martlet/<inode of the network namespace>/NAME.sock, so that two
 namespaces may both have an `mt0`. One JSON object a line, both ways. A request names its `command`:
@@ -14,10 +14,13 @@ namespaces may both have an `mt0`. One JSON object a line, both ways. A request 
                                           -> {"ok": true, "result": {...}}: the load that the peer
                                              serves now, at "address" and "port" through the
                                              "interface", opened by "secret" (hexadecimal)
+    {"command": "reload"}                 -> {"ok": true, "result": {...}}: what was new in the
+                                             configuration file, lists of names: "added" peers,
+                                             "removed" ones, "addresses" of this host
     {"command": "down"}                   -> {"ok": true}, then end of file once all is undone
 
 What is wrong with a request is answered as {"ok": false, "error": "..."}; with "unreachable": true
-if it is the peer that does not answer.
+if it is the peer that does not answer, with "configuration": true if it is the file that is wrong.
 """
 
 from __future__ import annotations
@@ -33,8 +36,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
+from tun.errors import TunError
 from tunnel.control import BENCH_SECONDS
-from tunnel.errors import LocalError, PrivilegeError
+from tunnel.errors import ConfigError, LocalError, MartletError, PrivilegeError
 from tunnel.events import BenchAnswer
 from tunnel.shell.log import Log
 
@@ -77,6 +81,9 @@ class Control(Protocol):
         self, peer: str, seconds: int, answered: Callable[[BenchAnswer], None]
     ) -> Callable[[], None]:
         """Have a peer serve a load; `answered` gets where, or why not. Returns what forgets it."""
+
+    def reload(self) -> dict[str, list[str]]:
+        """Read the configuration again; returns what was new. Raises MartletError, TunError."""
 
     def down(self) -> None:
         """Begin to close the tunnel."""
@@ -221,6 +228,8 @@ class ControlServer:
                 await self._ping(request, reader, writer)
             case "bench":
                 await self._bench(request, writer)
+            case "reload":
+                await self._reload(writer)
             case "down":
                 await _answer(writer, {"ok": True})
                 self._control.down()
@@ -282,6 +291,16 @@ class ControlServer:
             "secret": answer.secret.hex(),
         }
         await _answer(writer, {"ok": True, "result": found})
+
+    async def _reload(self, writer: asyncio.StreamWriter) -> None:
+        try:
+            news = self._control.reload()
+        except ConfigError as error:
+            await _answer(writer, {**_error(str(error)), "configuration": True})
+        except (MartletError, TunError) as error:
+            raise _BadRequest(str(error)) from None
+        else:
+            await _answer(writer, {"ok": True, "result": news})
 
     def _peer(self, request: dict[str, Any]) -> str:
         peer = request.get("peer")

@@ -31,10 +31,12 @@ EPHEMERAL_ATTEMPTS = 8
 """How many free ports to try for one that is free on every local address."""
 
 # <linux/udp.h>, <linux/in.h>, <linux/in6.h>: not all of them are in Python's socket module.
-_UDP_GRO = 104
+UDP_SEGMENT, UDP_GRO = 103, 104
 _IP_MTU_DISCOVER, _IPV6_MTU_DISCOVER, _PMTUDISC_PROBE = 10, 23, 3
 _SO_RCVBUFFORCE, _SO_SNDBUFFORCE = 33, 32
 
+_NAME_SIZE = 16  # IFNAMSIZ
+_INT = struct.Struct("=i")
 _FAMILY = struct.Struct("=H")
 _SOCKADDR = struct.Struct("!H4s8x")  # <linux/in.h>: port, address
 _SOCKADDR6 = struct.Struct("!HI16sI")  # <linux/in6.h>: port, flow, address, scope
@@ -59,6 +61,46 @@ def unpack(sockaddr: bytes) -> Address:
     return Address(socket.inet_ntop(socket.AF_INET, host), port)
 
 
+def open_udp(ip: str, port: int, interface: str) -> socket.socket:
+    """A UDP socket as all of ours are: non-blocking, with large buffers, marked, DF set, on this
+    device if it may be. Raises OSError."""
+    family = socket.AF_INET6 if ":" in ip else socket.AF_INET
+    kind = socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
+    udp = socket.socket(family, kind)
+    try:
+        _configure(udp)
+        if interface:
+            bind_device(udp, interface)
+        udp.bind((ip, port))
+    except OSError:
+        udp.close()
+        raise
+    return udp
+
+
+def bind_device(made: socket.socket, interface: str) -> None:
+    """Send and receive by `interface` only; by any if "". A kernel that refuses is obeyed."""
+    # EPERM: only the privileged may; ENODEV: it is gone, and netlink is about to say so.
+    with contextlib.suppress(OSError):
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, interface.encode() + b"\0")
+
+
+def bound_device(made: socket.socket) -> str:
+    """The device that a socket is bound to; "" for none, or one that is gone."""
+    with contextlib.suppress(OSError):
+        name = made.getsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, _NAME_SIZE)
+        return name.rstrip(b"\0").decode()
+    return ""
+
+
+def segment_size(control: Sequence[tuple[int, int, bytes]]) -> int:
+    """Bytes of each datagram in a message that GRO put together; 0: it is one datagram."""
+    for level, kind, data in control:
+        if level == socket.SOL_UDP and kind == UDP_GRO and len(data) >= _INT.size:
+            return max(0, int(_INT.unpack_from(data)[0]))
+    return 0
+
+
 class UdpSocket:
     """A non-blocking UDP socket on one local address.
 
@@ -66,18 +108,8 @@ class UdpSocket:
     """
 
     def __init__(self, ip: str, port: int, interface: str) -> None:
-        family = socket.AF_INET6 if ":" in ip else socket.AF_INET
-        self._socket = socket.socket(
-            family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
-        )
-        try:
-            _configure(self._socket)
-            self.interface = ""
-            self.bind_device(interface)
-            self._socket.bind((ip, port))
-        except OSError:
-            self._socket.close()
-            raise
+        self._socket = open_udp(ip, port, interface)
+        self.interface = bound_device(self._socket)
         self.local = Address(ip, self._socket.getsockname()[1])
 
     def fileno(self) -> int:
@@ -87,12 +119,8 @@ class UdpSocket:
     def bind_device(self, interface: str) -> None:
         """Send and receive by `interface` only; by any if "". A kernel that refuses is obeyed."""
         if interface != self.interface:
-            # EPERM: only the privileged may; ENODEV: it is gone, and netlink is about to say so.
-            with contextlib.suppress(OSError):
-                self._socket.setsockopt(
-                    socket.SOL_SOCKET, socket.SO_BINDTODEVICE, interface.encode() + b"\0"
-                )
-                self.interface = interface
+            bind_device(self._socket, interface)
+            self.interface = bound_device(self._socket)
 
     def send(self, remote: Address, data: bytes) -> int:
         """Send one datagram: 0, or the errno."""
@@ -331,7 +359,7 @@ def _configure(udp: socket.socket) -> None:
     with contextlib.suppress(OSError):  # EPERM without CAP_NET_ADMIN: it works without, too
         udp.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, SOCKET_MARK)
     with contextlib.suppress(OSError):  # Linux 5.0
-        udp.setsockopt(socket.SOL_UDP, _UDP_GRO, 1)
+        udp.setsockopt(socket.SOL_UDP, UDP_GRO, 1)
 
 
 def _unique(addresses: Sequence[LocalAddress]) -> list[str]:

@@ -1,0 +1,1 @@
+"""`martlet doctor`: gathers the facts that `tunnel.doctor` judges."""
