@@ -1,4 +1,4 @@
-"""Builds the native engine; everything else about the project is in pyproject.toml.
+"""Builds the native engine, and a plugin for mosquitto; all the rest is in pyproject.toml.
 
 CC, CPPFLAGS, CFLAGS and LDFLAGS count as in any C project, and win over what is set here. A build
 with sanitizers: CFLAGS="-O1 -g -fsanitize=address,undefined" ./dev setup
@@ -80,4 +80,11 @@ engine = Extension(
 )
 engine.cython_directives = {"language_level": 3}
 
-setup(ext_modules=[engine], cmdclass={"build_ext": BuildEngine})
+# No module of Python's: mosquitto loads it (tunnel/shell/rendezvous/mosquitto.py).
+rules = Extension(
+    "tunnel.shell.rendezvous.rules",
+    sources=["tunnel/shell/rendezvous/rules.c"],
+    extra_compile_args=["-O2", "-std=gnu11", *flags("CFLAGS")],
+)
+
+setup(ext_modules=[engine, rules], cmdclass={"build_ext": BuildEngine})

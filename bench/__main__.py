@@ -15,6 +15,7 @@ MEASUREMENTS = {
     "loss": ("loss", "one TCP stream over a link that loses packets"),
     "queue": ("standing_queue", "keystrokes beside an upload that fills a slow link"),
     "profile": ("hotspots", "where the tunnel's CPU time goes (perf)"),
+    "relay": ("relay", "speed and latency by a TURN server, beside the direct path"),
     "roam": ("roam", "how long traffic is silent when an end moves"),
     "nat": ("nat", "how any two kinds of NAT meet, and how long that takes"),
     "stability": ("stability", "moves that nobody needs, on a path that loses and jitters"),

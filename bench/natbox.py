@@ -33,12 +33,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
-from bench.nattable import EXPIRY, Behaviour, Endpoint, NatTable
+from bench.nattable import EXPIRY, Behaviour, Endpoint, NatTable, family_of
 from cli.demo.control import ControlClient, ControlServer
 from cli.demo.core import PYTHON_ENV
 from cli.demo.link import PACKET_IGNORE_OUTGOING, SOL_PACKET
 from cli.demo.nat import LAN, WAN
 from cli.demo.netns import Namespace
+from cli.demo.world import PORT
 
 ETH_P_IP, ETH_P_IPV6 = 0x0800, 0x86DD
 _IPV6_HDRINCL = 36  # linux/in6.h
@@ -278,20 +279,25 @@ class BoxNat:
         """Run the script that moves the host; forwards follow it."""
         self.space.run(["sh", "-c", script])
         self.forwards = {
-            (addresses[6 if ":" in inside[0] else 4], inside[1]): port
+            (addresses[family_of(inside[0])], inside[1]): port
             for inside, port in self.forwards.items()
         }
         self._forward()
 
     def public(self, family: int) -> Endpoint:
-        """Address and port that the other end sees, of the newest mapping of that family."""
-        mappings = self.call("show")["mappings"]
-        found = [outside for _, outside in mappings if (":" in outside[0]) == (family == 6)]
-        return (found[-1][0], found[-1][1])
+        """Address and port that the other end sees: the newest mapping of the tunnel's port."""
+        return newest(self.call("show")["mappings"], family)
 
     def close(self) -> None:
         """Close the handle; the process ends with its namespace."""
         self._client.close()
+
+
+def newest(mappings: list[tuple[list[Any], list[Any]]], family: int) -> Endpoint:
+    """The outside of the tunnel's port in a family, of the mappings in an answer."""
+    found = [to for (_, port), to in mappings if port == PORT and family_of(to[0]) == family]
+    host, port = found[-1]
+    return (str(host), int(port))
 
 
 def _ruleset(families: Iterable[int]) -> str:
@@ -344,7 +350,7 @@ def main() -> None:
     parser.add_argument("--hairpin", action="store_true")
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
-    publics = {6 if ":" in one else 4: tuple(one.split(",")) for one in options.public}
+    publics = {family_of(one): tuple(one.split(",")) for one in options.public}
     table = NatTable(
         publics,
         random.Random(options.seed),

@@ -61,7 +61,7 @@ class NatTable:
         self._rng = rng
         self._mapping, self._filtering = mapping, filtering
         self._expiry = expiry
-        self._forwards = dict(forwards or {})
+        self.forwards = dict(forwards or {})
         self._bindings: dict[tuple[Endpoint, object], Binding] = {}
         self._by_outside: dict[Endpoint, Binding] = {}
         self._past: set[int] = set()  # ports that a rebinding took away
@@ -118,7 +118,7 @@ class NatTable:
                 place = choices.index(self.public[family]) + 1
                 self.public[family] = choices[place % len(choices)]
         if port:
-            self._forwards = {inside: self._free_port(inside) for inside in self._forwards}
+            self.forwards = {inside: self._free_port(inside) for inside in self.forwards}
         self._bindings.clear()
         self._by_outside.clear()
         self._add_forwards()
@@ -129,7 +129,7 @@ class NatTable:
         """
         for key in [key for key, binding in self._bindings.items() if binding.static]:
             self._remove(key)
-        self._forwards = dict(forwards)
+        self.forwards = dict(forwards)
         self._add_forwards()
 
     def bindings(self) -> list[Binding]:
@@ -148,17 +148,17 @@ class NatTable:
         return self._insert(key, Binding(key[0], outside, now))
 
     def _outside(self, inside: Endpoint, port: int) -> Endpoint:
-        return (self.public[6 if ":" in inside[0] else 4], port)
+        return (self.public[family_of(inside[0])], port)
 
     def _free_port(self, inside: Endpoint) -> int:
-        refused = {*self._past, *self._keep.values(), *self._forwards.values()}
+        refused = {*self._past, *self._keep.values(), *self.forwards.values()}
         while True:  # far more ports than mappings
             port = self._rng.randint(*_PORTS)
             if port not in refused and self._outside(inside, port) not in self._by_outside:
                 return port
 
     def _add_forwards(self) -> None:
-        for inside, port in self._forwards.items():
+        for inside, port in self.forwards.items():
             binding = Binding(inside, self._outside(inside, port), 0.0, static=True)
             self._insert((inside, None), binding)
 
@@ -179,3 +179,8 @@ def _part(behaviour: Behaviour, remote: Endpoint) -> object:
     if behaviour == "endpoint":
         return None
     return remote[0] if behaviour == "address" else remote
+
+
+def family_of(address: str) -> int:
+    """4 or 6."""
+    return 6 if ":" in address else 4

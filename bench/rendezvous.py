@@ -6,8 +6,8 @@
                   signaller and the meeting of the product, without a tunnel
 
 Three acts. *Arrive*: hosts come one after another, and each pair meets. *Idle*: nothing but
-keepalives. *Storm*: the broker is killed and started again, and all hosts come back at once. A pair
-has met for an end when that has a fresh offer of the other; the time counts from the later of the
+keepalives. *Storm*: the broker is stopped and started again, and all hosts come back at once. Two
+have met for an end when that has a fresh offer of the other; the time counts from the later of the
 two starts, or from the broker's return. All hosts share this machine with the broker, so the times
 of the storm are mostly those of the hosts' Python.
 """
@@ -119,8 +119,8 @@ def _measure(space: Namespace, folder: Path, chosen: Any, pairs: int) -> dict[st
     with _spending(space, broker) as spent:
         time.sleep(chosen.idle)
     idle = spent[0]._asdict()
-    run.note("storm: the broker is killed, and started again")
-    broker.process.send_signal(signal.SIGKILL)
+    run.note("storm: the broker is stopped, and started again")
+    broker.process.send_signal(signal.SIGTERM)
     broker.process.wait()
     for crowd in crowds:
         crowd.tell("broken")

@@ -93,15 +93,25 @@ class Martlet:
         try:
             for name in ("B", "A"):
                 config = ground.directory / f"martlet-{name}.toml"
-                config.write_text(self._config(ground, name, keys[name], public[OTHER[name]]))
+                toml = self._config(ground, name, keys[name], public[OTHER[name]])
+                config.write_text(toml + self.settings(ground, name))
                 log = ground.directory / f"martlet-{name}.log"
                 argv = [*self.command, "up", str(config)]
-                running.processes[name] = ground.hosts[name].popen(argv, log=log)
+                environment = self.environment(ground)
+                running.processes[name] = ground.hosts[name].popen(argv, log=log, env=environment)
             ground.wait(running.target, running.processes)
             time.sleep(_SETTLE)
             yield running
         finally:
             terminate(list(running.processes.values()))
+
+    def settings(self, ground: Ground, name: str) -> str:
+        """More tables for the configuration of a host."""
+        return ""
+
+    def environment(self, ground: Ground) -> dict[str, str]:
+        """More of it, for both daemons."""
+        return {}
 
     @staticmethod
     def _config(ground: Ground, name: str, key: Path, public: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,7 +19,7 @@ DEFAULT_KEY = Path("/etc/martlet/id_ed25519")
 app = typer.Typer(
     name="martlet",
     help="A tunnel that moves with you: SSH and all else survive every change of network.",
-    epilog="Start here: martlet keygen, then write a config, then martlet up CONFIG.toml."
+    epilog="Start here: martlet invite on one host, martlet join CODE on the other."
     " No network at hand? martlet demo.",
     no_args_is_help=True,
     add_completion=False,
@@ -120,30 +120,11 @@ def up(
     is_path = "/" in config or config.endswith(".toml")
     loaded = load(Path(config) if is_path else CONFIG_DIRECTORY / f"{config}.toml")
 
-    from tunnel.shell.loop import run
+    from cli.up import in_background, in_foreground
 
-    if not detach:
-        log.setup(log_level)
-        run(loaded)
-        return
-
-    from tunnel.shell.daemon import detach as run_detached
-    from tunnel.shell.status import control_directory
-
-    name = loaded.interface.name
-    file = control_directory() / f"{name}.log"
-
-    def background(ready: Callable[[], None]) -> None:
-        file.parent.mkdir(parents=True, exist_ok=True, mode=0o755)
-        log.setup(log_level, file=file)
-        run(loaded, ready=ready)
-
-    problem = run_detached(background, failures.explain)
-    if problem is not None:
-        message, code = problem
-        output.say(message or "interrupted")
-        raise typer.Exit(code)
-    output.say(f"tunnel {name} is up in the background, its log is {file}")
+    if detach:
+        raise typer.Exit(in_background(loaded, log_level))
+    in_foreground(loaded, log_level)
 
 
 @app.command(epilog="Example: martlet down mt0")
@@ -343,6 +324,163 @@ def rendezvous(
         name=name,
         broker=broker,
         json=json,
+    )
+
+
+Broker = Annotated[
+    list[str] | None,
+    typer.Option(metavar="URL", help="A broker where both can meet; more than once for more."),
+]
+BrokerUser = Annotated[str | None, typer.Option(metavar="NAME", help="For a broker that asks.")]
+BrokerPassword = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="With the password for it on its first line.")
+]
+BrokerCa = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Who vouches for the broker (PEM), if not a public CA."),
+]
+OwnName = Annotated[
+    str | None, typer.Option(metavar="NAME", help="What this host calls itself.",
+                             show_default="its host name")
+]  # fmt: skip
+PeerName = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME", help="What the other one is called here.", show_default="what it says"
+    ),
+]
+GoUp = Annotated[
+    bool, typer.Option("--up", help="Bring the tunnel up in the background, and wait for the peer.")
+]
+
+
+@app.command(
+    epilog="Example: sudo martlet invite --rendezvous mqtt://broker.example --up"
+    "  ·  sudo martlet invite mt0"
+)
+def invite(
+    config: Annotated[
+        str,
+        typer.Argument(
+            metavar="[CONFIG.toml|NAME]",
+            help="The config that gets the peer, or NAME of /etc/martlet/NAME.toml; made if it is"
+            " not there.",
+        ),
+    ] = "mt0",
+    rendezvous: Broker = None,
+    rendezvous_user: BrokerUser = None,
+    rendezvous_password_file: BrokerPassword = None,
+    rendezvous_ca: BrokerCa = None,
+    name: OwnName = None,
+    peer_name: PeerName = None,
+    ipv4: Annotated[
+        bool, typer.Option("--ipv4", help="IPv4 addresses inside the tunnel, too.")
+    ] = False,
+    ipv4_network: Annotated[
+        str | None,
+        typer.Option(metavar="CIDR", help="Out of this network.", show_default="one that is free"),
+    ] = None,
+    stun: Annotated[
+        list[str] | None,
+        typer.Option(metavar="HOST:PORT", help="A STUN server.", show_default="the broker's host"),
+    ] = None,
+    turn: Annotated[
+        list[str] | None, typer.Option(metavar="URL", help="A relay (turn:HOST, turns:HOST).")
+    ] = None,
+    turn_user: Annotated[str | None, typer.Option(metavar="NAME", help="For the relay.")] = None,
+    turn_password_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="With the password for it.")
+    ] = None,
+    no_share_relay: Annotated[
+        bool, typer.Option("--no-share-relay", help="Keep relays and their passwords to this host.")
+    ] = False,
+    route: Annotated[
+        list[str] | None,
+        typer.Option(metavar="CIDR", help="A network behind this host that the other may use."),
+    ] = None,
+    up: GoUp = False,
+) -> None:
+    """Invite another host: print a code that makes it a peer by 'martlet join CODE' there.
+
+    The code is good for one host and ten minutes, and as good as a key until then. Keys are made
+    where there are none, the config is written or gets a further peer, and a tunnel that runs
+    takes the peer at once.
+    """
+    from cli.invite import Options, run
+
+    raise typer.Exit(
+        run(
+            Options(
+                config=config,
+                rendezvous=tuple(rendezvous or ()),
+                username=rendezvous_user,
+                password_file=rendezvous_password_file,
+                ca_file=rendezvous_ca,
+                name=name,
+                peer_name=peer_name,
+                ipv4=ipv4,
+                ipv4_network=ipv4_network,
+                stun=tuple(stun or ()),
+                turn=tuple(turn or ()),
+                turn_user=turn_user,
+                turn_password_file=turn_password_file,
+                share_relay=not no_share_relay,
+                routes=tuple(route or ()),
+                up=up,
+            )
+        )
+    )
+
+
+@app.command(epilog="Example: sudo martlet join martlet-aebagbafaydqq... --up")
+def join(
+    code: Annotated[
+        str, typer.Argument(metavar="CODE", help="What 'martlet invite' printed; - reads it.")
+    ],
+    config: Annotated[
+        str,
+        typer.Option(
+            metavar="CONFIG.toml|NAME",
+            help="The config that gets the peer, or NAME of /etc/martlet/NAME.toml; made if it is"
+            " not there.",
+        ),
+    ] = "mt0",
+    name: OwnName = None,
+    peer_name: PeerName = None,
+    ipv4: Annotated[
+        bool, typer.Option("--ipv4", help="Ask for an IPv4 address inside the tunnel, too.")
+    ] = False,
+    accept_routes: Annotated[
+        bool,
+        typer.Option("--accept-routes", help="Use the networks behind the other that it offers."),
+    ] = False,
+    rendezvous_user: BrokerUser = None,
+    rendezvous_password_file: BrokerPassword = None,
+    rendezvous_ca: BrokerCa = None,
+    up: GoUp = False,
+) -> None:
+    """Become a peer of the host that made CODE with 'martlet invite'.
+
+    Nothing is needed before: keys are made where there are none, the config is written or gets a
+    further peer, and a tunnel that runs takes the peer at once.
+    """
+    from cli.join import Options, run
+
+    raise typer.Exit(
+        run(
+            Options(
+                code=code,
+                config=config,
+                name=name,
+                peer_name=peer_name,
+                ipv4=ipv4,
+                accept_routes=accept_routes,
+                username=rendezvous_user,
+                password_file=rendezvous_password_file,
+                ca_file=rendezvous_ca,
+                up=up,
+            )
+        )
     )
 
 

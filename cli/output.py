@@ -87,6 +87,9 @@ def status(status: dict[str, Any]) -> RenderableType:
     parts: list[RenderableType] = [_headline(status.get("interface")), Text(), peers]
     if paths.row_count:
         parts += [Text(), paths]
+    relays = [_relay(relay) for relay in status.get("relays") or []]
+    if relays:
+        parts += [Text(), *relays]
     if copies:
         parts += [Text(), *copies]
     waits = [
@@ -115,6 +118,18 @@ def _broker(broker: dict[str, Any]) -> Text:
     if broker.get("state") != "connected" and broker.get("error"):
         return Text(f"{line}: {broker['error']}", style="yellow")
     return Text(line, style="dim")
+
+
+def _relay(relay: dict[str, Any]) -> Text:
+    """A TURN server, how it is reached, and what came of it."""
+    server = f"relay {relay.get('server', '?')}"
+    if relay.get("transport"):
+        server += f" over {relay['transport']} from {relay.get('local')}"
+    state = str(relay.get("state", "?"))
+    if relay.get("address"):
+        return Text(f"{server}: {relay['address']}")
+    told = relay.get("error") or state
+    return Text(f"{server}: {told}", style="red" if state == "failed" else "dim")
 
 
 def _role(path: dict[str, Any]) -> str:

@@ -68,6 +68,7 @@ __all__ = [
     "check_own_key",
     "load",
     "loads",
+    "read",
     "resolve_config_path",
 ]
 
@@ -180,6 +181,11 @@ def load(path: str | Path, *, known_as: Path | None = None) -> Config:
 
     `known_as`: the path that relative ones inside start from, where it is another.
     """
+    return loads(read(path), known_as or path)
+
+
+def read(path: str | Path) -> str:
+    """The text of a configuration file. Raises ConfigError."""
     try:
         data = Path(path).read_bytes()
     except FileNotFoundError:
@@ -203,12 +209,15 @@ def load(path: str | Path, *, known_as: Path | None = None) -> Config:
             line=data.count(b"\n", 0, error.start) + 1,
             remedy="save it as UTF-8",
         ) from None
-    return loads(text, known_as or path)
+    return text
 
 
-def loads(text: str, file: str | Path) -> Config:
-    """Validate configuration text; `file` names it in errors, and relative paths start from it."""
-    return _Reader(text, Path(file)).read()
+def loads(text: str, file: str | Path, *, alone: bool = False) -> Config:
+    """Validate configuration text; `file` names it in errors, and relative paths start from it.
+
+    `alone`: it need not have a peer yet.
+    """
+    return _Reader(text, Path(file)).read(alone=alone)
 
 
 def check_own_key(config: Config, public_key: PublicKey) -> None:
@@ -239,10 +248,10 @@ class _Reader:
         self._text = text
         self._file = file
 
-    def read(self) -> Config:
+    def read(self, *, alone: bool) -> Config:
         raw = self._shape()
         interface = self._interface(raw.interface)
-        if not raw.peer:
+        if not raw.peer and not alone:
             raise self._error(
                 (), "there is no peer", "add a [[peer]] section with name, public_key, allowed_ips"
             )

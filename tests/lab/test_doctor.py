@@ -24,12 +24,13 @@ import pytest
 from pwdlib import PasswordHash
 from pwdlib.hashers.argon2 import Argon2Hasher
 
+from bench.nattable import Behaviour
 from cli.demo.core import PYTHON_ENV
 from cli.demo.netns import Namespace, terminate
 from cli.demo.pair import MARTLET, Pair, tail
 from cli.demo.world import HostName, Uplink, World
 from tests.lab.hosts import Host
-from tests.lab.nat_scapy import Behaviour, ScapyNat
+from tests.lab.nat_scapy import ScapyNat
 from tests.lab.router import HomeRouter
 
 KINDS: dict[str, str] = {

@@ -43,10 +43,17 @@ def until_direct(place: Place, seconds: float = PATIENCE) -> None:
     until(place.direct, lambda: [place.paths(host) for host in HOSTS], seconds)
 
 
-def pings(place: Place) -> bool:
+def pings(place: Place, count: int = 20) -> bool:
     """Whether packets go through the tunnel and back."""
-    ping = ["ping", "-n", "-q", "-i", "0.05", "-c", "20", "-W", "1", INNER["B"][4]]
+    ping = ["ping", "-n", "-q", "-i", "0.02", "-c", str(count), "-W", "1", INNER["B"][4]]
     return " 0% packet loss" in place.net.hosts["A"].space.run(ping, check=False).stdout
+
+
+def carried(place: Place, act: Callable[[], object]) -> int:
+    """Frames that the TURN server's wire carries meanwhile."""
+    before = place.through_turn()
+    act()
+    return place.through_turn() - before
 
 
 def sessions(place: Place) -> list[int]:
@@ -108,6 +115,48 @@ def test_direct(make_place: MakePlace, meeting: Meeting) -> None:
         ends = {path[end].rpartition(":")[0] for end in ("local", "remote")}
         assert ends == lan, "without leaving the house"
     assert place.net.broker.subscriptions() >= 2
+
+
+RELAYED = [
+    between("symmetric", "symmetric"),
+    between("port-restricted", "symmetric"),
+    between("cgnat", "cgnat-symmetric"),
+    between("public", "udp-blocked"),
+    between("symmetric", "only-443"),
+    between("only-443", "only-443"),
+    between("firewall6", "only-443-6"),
+    *(meeting for meeting in SHARED if not direct_by_rights(meeting)),
+]
+
+
+@pytest.mark.parametrize("meeting", RELAYED, ids=str)
+def test_relayed(make_place: MakePlace, meeting: Meeting) -> None:
+    """Seen from outside, too: what the tunnel carries passes the TURN server's wire."""
+    place = make_place(meeting)
+    start(place)
+    until(
+        lambda: None not in map(place.relayed, HOSTS),
+        lambda: [place.paths(host) for host in HOSTS],
+        PATIENCE,
+    )
+    assert pings(place)
+    assert carried(place, lambda: pings(place, 50)) >= 2 * 2 * 50, "there and back, in and out"
+    for host, kind in zip(HOSTS, (meeting.a, meeting.b), strict=True):
+        if kind.blocked:
+            assert place.relayed(host)
+
+
+def test_a_relay_is_left_for_a_direct_path(make_place: MakePlace) -> None:
+    """Where both can be had, nobody stays at the relay; it is kept, as a second path is."""
+    # Copies would travel by the second path.
+    place = make_place(Meeting(HOME, HOME), settings='[paths]\nredundancy = "off"\n')
+    start(place)
+    until_direct(place)
+    time.sleep(1)
+    idle = carried(place, lambda: time.sleep(2))
+    busy = carried(place, lambda: pings(place, 100))
+    assert place.direct()
+    assert busy < idle + 100, "100 there and 100 back, in 2 seconds"
 
 
 def test_nobody_meets_where_nobody_could(make_place: MakePlace) -> None:

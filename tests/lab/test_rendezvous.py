@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Coroutine, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from tests.unit.tls_files import make_tls_files
 from tunnel.config import RendezvousConfig, loads
 from tunnel.ice.stun_server import CHANGE_IP, CHANGE_PORT
 from tunnel.shell.mqtt import Signaller
+from tunnel.shell.rendezvous import limits
 
 HOST, OTHER = "198.51.100.1", "198.51.100.2"
 TOPIC = "martlet/1/" + "a" * 26
@@ -235,25 +236,33 @@ def test_nothing_is_retained(start: Start, space: Namespace) -> None:
     inside(space, main())
 
 
-def test_little_is_kept_for_those_who_went(start: Start, space: Namespace) -> None:
+def test_there_are_no_sessions_to_store_things_in(start: Start, space: Namespace) -> None:
     async def main() -> None:
-        async with await stranger(name="keeper", clean=False) as keeper:
-            if not await keeper.accepted():
-                return  # amqtt's guard: not even that
-            assert await keeper.subscribe(TOPIC)
-            keeper.send(b"\xe0\x00")
-            await keeper.closed.wait()
-        async with await stranger() as other:
-            assert await other.accepted()
-            for _ in range(500):
-                await other.publish(TOPIC, bytes(4096))
-        async with await stranger(name="keeper", clean=False) as keeper:
-            assert await keeper.accepted()
-            await keeper.silence()
-            assert sum(len(payload) for _, payload in keeper.delivered) <= (1 << 16) + 4096
+        for options in ({"clean": False}, {"keepalive": 0}, {"keepalive": 121}):
+            async with await stranger(**options) as one:
+                assert not await one.accepted(), options
+        for protocol in (3, 5):
+            async with await Stranger.open(HOST, 1883) as one:
+                one.send(connect().replace(b"MQTT\x04", b"MQTT" + bytes([protocol])))
+                assert not await one.accepted(), protocol
 
     start()
     inside(space, main())
+
+
+def test_subscriptions_are_bounded(space: Namespace, tmp_path: Path) -> None:
+    async def main() -> None:
+        async with await stranger() as one:
+            assert await one.accepted()
+            granted = 0
+            while granted <= 2 * limits.SUBSCRIPTIONS and await one.subscribe(
+                f"martlet/1/{granted}"
+            ):
+                granted += 1
+            assert limits.SUBSCRIPTIONS // 2 <= granted <= limits.SUBSCRIPTIONS
+
+    with started(space, tmp_path, "mosquitto"):  # that of amqtt: tests/unit
+        inside(space, main())
 
 
 def test_there_are_not_more_clients_than_allowed(start: Start, space: Namespace) -> None:
@@ -402,11 +411,28 @@ def directory_of(pid: int) -> Path:
     return Path(config).parent
 
 
-def test_the_end_of_mosquitto_is_the_end(space: Namespace, tmp_path: Path) -> None:
+def test_mosquitto_is_started_again_when_it_ends(space: Namespace, tmp_path: Path) -> None:
+    async def main() -> None:
+        while True:
+            with suppress(OSError):
+                async with await stranger() as one:
+                    if await one.accepted():
+                        return
+            await asyncio.sleep(0.05)
+
     with started(space, tmp_path, "mosquitto") as rendezvous:
-        os.kill(rendezvous.ready["broker_pid"], signal.SIGKILL)
-        assert rendezvous.process.wait(10) == 1
+        for _ in range(3):
+            (pid,) = children(rendezvous.process.pid)
+            os.kill(pid, signal.SIGKILL)
+            assert gone(pid)
+            inside(space, main())
         assert "mosquitto has ended" in (tmp_path / "log").read_text()
+        assert rendezvous.stop() == 0
+
+
+def children(pid: int) -> list[int]:
+    listed = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    return [int(child) for child in listed.split()]
 
 
 def test_a_taken_port_is_told(start: Start, space: Namespace, tmp_path: Path) -> None:

@@ -19,9 +19,6 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from scapy.layers.inet import IP, UDP
-from scapy.layers.inet6 import IPv6
-from scapy.packet import Raw
 
 from bench.watch import Kernel, Packets, What
 from cli.demo.events import at_once, forget_nat, remove_interface, set_metric
@@ -29,7 +26,7 @@ from cli.demo.netns import Namespace, Namespaces, command
 from cli.demo.probe import Probe
 from cli.demo.trace import Arrival, Sent, report
 from cli.demo.world import PORT, Happened, HostName, World
-from tests.lab.nat_scapy import Patch, ScapyNat, ScapyTable, rewrite
+from tests.lab.nat_scapy import ScapyNat
 
 MakeWorld = Callable[..., World]
 Endpoint = tuple[str, int]
@@ -506,42 +503,6 @@ def test_injections_of_the_scapy_nat(make_world: MakeWorld) -> None:
         assert copy == original == b"x"
         assert attacker[0] == "198.51.100.11"
         echo.tell(attacker)
-
-
-def test_scapy_mapping_and_filtering() -> None:
-    """RFC 4787 sections 4.1 and 5, on the bare table."""
-    inside, one, other = ("10.1.0.2", 4117), ("192.0.2.1", 1), ("192.0.2.1", 2)
-    elsewhere = ("192.0.2.2", 1)
-    publics = {4: ("198.51.100.10",)}
-    for mapping, ports in (("endpoint", 1), ("address", 2), ("port", 3)):
-        table = ScapyTable({4: inside[0]}, publics, mapping=mapping)  # type: ignore[arg-type]
-        assert len({table.outgoing(inside, remote) for remote in (one, other, elsewhere)}) == ports
-    for filtering, allowed in (
-        ("endpoint", [True, True, True]),
-        ("address", [True, True, False]),
-        ("port", [True, False, False]),
-    ):
-        table = ScapyTable({4: inside[0]}, publics, filtering=filtering)  # type: ignore[arg-type]
-        outside = table.outgoing(inside, one)
-        found = [table.incoming(outside, remote) for remote in (one, other, elsewhere)]
-        assert [target == inside for target in found] == allowed
-
-
-@pytest.mark.parametrize("payload", [b"", b"odd", bytes(range(256)) * 4])
-def test_a_patched_packet_is_the_one_that_scapy_builds(payload: bytes) -> None:
-    for layer, addresses in (
-        (IP, ("10.1.0.2", "203.0.113.10", "198.51.100.10")),
-        (IPv6, ("fd00:a0::2", "2001:db8:f2::10", "2001:db8:f0::10")),
-    ):
-        source, target, public = addresses
-        head = layer(src=source, dst=target) / UDP(sport=4117, dport=4117)
-        first, later = (bytes(head / Raw(data)) for data in (b"first", payload))
-        outside = (public, 20001)
-        patch = Patch.between(first, rewrite(layer(first), source=outside))
-        expected, patched = rewrite(layer(later), source=outside), patch.apply(later)
-        if layer is IP:  # the kernel's part
-            expected, patched = (data[:10] + bytes(2) + data[12:] for data in (expected, patched))
-        assert patched == expected
 
 
 def test_reports_of_a_trace() -> None:

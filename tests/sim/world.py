@@ -7,7 +7,8 @@
        +----- [NAT a2] ---+--- the network --+--- [NAT b2] -----+
 
 Every host has uplinks, each with one local address behind its own NAT: endpoint-independent
-mapping or symmetric, filtering or not, mappings that expire. Nothing sleeps: `run` jumps from one
+mapping or symmetric, filtering or not, mappings that expire. A host may have relayed addresses at a
+TURN server in the network, each reached by one of its uplinks. Nothing sleeps: `run` jumps from one
 wake-up to the next, and everything random comes from one seed.
 
 With `rendezvous` no end has an endpoint: there are a broker and a STUN server in the network, as
@@ -30,6 +31,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from tunnel.config import Config, loads
 from tunnel.events import NodeEvent, PortUnwanted, PortWanted, ResolveWanted
+from tunnel.ice.candidate import Relay
 from tunnel.ice.check import transaction_id_of
 from tunnel.identity import Identity
 from tunnel.node import Node
@@ -126,6 +128,16 @@ class Uplink:
         self.allowed.clear()
 
 
+@dataclass
+class Allocation:
+    """A relayed address of a host, as its server keeps it."""
+
+    relay: Relay
+    uplink: Uplink
+    permitted: set[str] = field(default_factory=set)
+    """Who may send there (RFC 8656 section 9)."""
+
+
 class Host:
     """A node and its uplinks."""
 
@@ -140,6 +152,7 @@ class Host:
         self.armed: float | None = None
         self.stopped = True  # until booted
         self.ports: set[Address] = set()  # further sockets
+        self.relays: dict[Address, Allocation] = {}
         self.waiting: deque[bytes] = deque()  # in the TUN's own queue, while the node reads nothing
         self.fired_at, self.spins = 0.0, 0
         self.bytes_sent = 0
@@ -182,6 +195,7 @@ class World:
         self.now = START
         self.delay, self.loss, self.jitter = delay, loss, jitter
         self.mtu = 1472  # of every link, in UDP payload
+        self.direct = True  # whether anything passes but from and to relays
         self.max_packets_per_key = max_packets_per_key
         self.tap: Callable[[Host, PathKey, bytes], None] | None = None
         """Sees every datagram as it leaves its NAT."""
@@ -289,6 +303,23 @@ class World:
             host.node.network_changed(host.network(), PORT, self.now)
             self.pump(host)
             self.reach_broker(name)
+
+    def relay(self, name: str, uplink: Uplink, address: Address) -> None:
+        """A TURN server gives this host an address."""
+        relay = Relay(address, uplink.interface, uplink.ip, "turn:turn.example", "udp")
+        self.hosts[name].relays[address] = Allocation(relay, uplink)
+        self._relays_changed(name)
+
+    def unrelay(self, name: str, address: Address) -> None:
+        """It is lost."""
+        del self.hosts[name].relays[address]
+        self._relays_changed(name)
+
+    def _relays_changed(self, name: str) -> None:
+        host = self.hosts[name]
+        relays = tuple(allocation.relay for allocation in host.relays.values())
+        host.node.relays_changed(relays, self.now)
+        self.pump(host)
 
     def rebind(self, uplink: Uplink, *, port: bool = True, public_ip: str | None = None) -> None:
         """The NAT forgets the mapping; the next packet gets another port, or address, or both."""
@@ -450,6 +481,8 @@ class World:
 
     def _depart(self, host: Host, key: PathKey, data: bytes) -> int:
         """Send; the errno that the kernel of this host would answer with at once, 0 for none."""
+        if key.local in host.relays:
+            return self._depart_relayed(host.relays[key.local], key, data)
         uplink = host.uplink_of(key.local.host)
         if uplink is None or (key.local.port != PORT and key.local not in host.ports):
             return errno.ENETUNREACH
@@ -470,6 +503,32 @@ class World:
         self.deliver(source, key.remote, data, delay)
         return 0
 
+    def _depart_relayed(self, allocation: Allocation, key: PathKey, data: bytes) -> int:
+        """To the server, and out of it, with the permission that it needs for the answer."""
+        uplink = allocation.uplink
+        if not uplink.up:
+            return errno.EADDRNOTAVAIL
+        if len(data) + 4 > uplink.mtu:
+            return errno.EMSGSIZE
+        allocation.permitted.add(key.remote.host)
+        if not uplink.black_hole and not uplink.mute and self.rng.random() >= self.loss:
+            self.deliver(key.local, key.remote, data, 2 * self.delay + uplink.delay)
+        return 0
+
+    def _arrive_relayed(
+        self, host: Host, allocation: Allocation, source: Address, data: bytes
+    ) -> None:
+        uplink, local = allocation.uplink, allocation.relay.address
+        if source.host not in allocation.permitted or uplink.black_hole or uplink.deaf:
+            return
+
+        def hand_over() -> None:
+            if not host.stopped and uplink.up and local in host.relays:
+                host.node.receive_datagram(data, PathKey(local, source), self.now)
+                self.pump(host)
+
+        self.after(self.delay + uplink.delay, hand_over)
+
     def deliver(self, source: Address, target: Address, data: bytes, delay: float) -> None:
         """Carry a datagram across the network to whatever NAT owns the target address."""
         self.after(delay, lambda: self._arrive(source, target, data))
@@ -478,8 +537,12 @@ class World:
         if target.host in self.outsiders:
             self.outsiders[target.host](source, target, data)
             return
+        relayed = any(source in host.relays for host in self.hosts.values())
         for host in self.hosts.values():
-            for uplink in host.uplinks:
+            if target in host.relays:
+                self._arrive_relayed(host, host.relays[target], source, data)
+                return
+            for uplink in host.uplinks if self.direct or relayed else ():
                 if uplink.public_ip != target.host or not uplink.up:
                     continue
                 if uplink.black_hole or uplink.deaf:

@@ -45,6 +45,22 @@ def test_status_shows_peers_and_paths() -> None:
     assert any("failed" in line and " - " in line for line in lines)
 
 
+def test_status_says_what_became_of_every_relay() -> None:
+    server, ours = "turn:turn.example", {"transport": "udp", "local": "192.0.2.1"}
+    relays = [
+        {"server": server, **ours, "state": "allocated", "address": "198.51.100.1:5", "error": ""},
+        {"server": server, **ours, "state": "failed", "address": None, "error": "no answer"},
+        {"server": server, "transport": None, "state": "waiting", "error": "no route"},
+        {"server": server, **ours, "state": "asking", "error": ""},
+    ]
+    assert printed(output.status({"interface": "mt0", "relays": relays}))[-4:] == [
+        "relay turn:turn.example over udp from 192.0.2.1: 198.51.100.1:5",
+        "relay turn:turn.example over udp from 192.0.2.1: no answer",
+        "relay turn:turn.example: no route",
+        "relay turn:turn.example over udp from 192.0.2.1: asking",
+    ]
+
+
 @pytest.mark.parametrize(
     "peer",
     [

@@ -14,15 +14,18 @@ import struct
 import time
 from collections.abc import Awaitable, Callable
 from ipaddress import ip_interface, ip_network
+from pathlib import Path
 from typing import Any
 
 import pytest
 import uvloop
 
 from tests.fake_node import FakeNode
+from tests.turn_server import PASSWORD, RELAYED, USER
+from tests.unit.turn_loop import NETWORK, LoopServer
 from tun.errors import TunError
 from tun.memory import MemoryTun
-from tunnel.config import Endpoint, PeerConfig
+from tunnel.config import Endpoint, PeerConfig, TurnConfig
 from tunnel.config_change import Change
 from tunnel.datapath.engine import Connection
 from tunnel.errors import ConfigError, LocalError
@@ -87,6 +90,15 @@ class World:
         self.driver = Driver(
             self.node, self.tun, self.monitor, listen_port=port, peers=["office"], strict=strict
         )
+
+    def turn(self, *servers: TurnConfig) -> None:
+        """Another driver in its place, which has these servers."""
+        self.driver.close()
+        self.node = FakeNode()
+        self.driver = Driver(
+            self.node, self.tun, self.monitor, listen_port=0, peers=["office"], turn=servers,
+            strict=True,
+        )  # fmt: skip
 
     def start(self) -> None:
         self.driver.start()
@@ -253,6 +265,59 @@ def test_packets_pass_from_tun_to_tun_without_the_node() -> None:
         assert await other.carried(world, 2) == packet(2)
         for node in (world.node, other.node):
             assert not node.named("receive_datagram")
+
+    run(test)
+
+
+@pytest.mark.parametrize("transport", ["udp", "tcp"])
+def test_a_relay_is_a_path_like_any_other(transport: str, tmp_path: Path) -> None:
+    """Packets, and the datagrams of the node, from behind a TURN server to a peer and back."""
+
+    async def test(world: World) -> None:
+        server = await LoopServer().start()
+        server.prepare = lambda client: setattr(client.server, "ipv6", False)
+        file = tmp_path / "password"
+        file.write_text(PASSWORD)
+        url = f"turn:127.0.0.1:{server.port}?transport={transport}"
+        world.turn(TurnConfig(url=url, username=USER, password_file=file))
+        world.monitor.network = NETWORK
+        try:
+            world.start()
+            await world.until(lambda: world.node.named("relays_changed"))
+            (((relay,),),) = world.node.named("relays_changed")
+            assert (relay.address, relay.ip, relay.transport) == (RELAYED, "127.0.0.1", transport)
+            other = World(strict=True)
+            world.others.append(other)
+            other.start()
+            ours = PathKey(RELAYED, Address("198.51.100.1", 4117))
+            server.peers[ours.remote] = other.local
+
+            client = next(c for c in server.clients if c.server.allocated)
+            theirs = PathKey(other.local, client.address(ours.remote))
+            other.connection = other.node.connect(theirs, first=True, now=clock.now())
+            world.connection = world.node.connect(ours, first=False, now=clock.now())
+            assert await world.carried(other, 1) == packet(1)
+            assert await other.carried(world, 2) == packet(2)
+            large = [packet(number, 1100) for number in range(3, 43)]
+            world.host.write(large)
+            assert await other.written(len(large)) == large
+
+            other.node.echo = True
+            world.node.outgoing.append((ours, b"\0\1a check"))
+            world.driver._turn(lambda now: None)
+            await world.until(lambda: world.node.named("receive_datagram"))
+            assert world.node.named("receive_datagram") == [(b"\0\1a check", ours)]
+            (row,) = world.driver.status()["relays"]
+            assert (row["state"], row["address"]) == ("allocated", str(RELAYED))
+
+            world.monitor.network = LocalNetwork()
+            world.driver._turn(world.driver._look_at_network)
+            await world.until(lambda: world.node.named("relays_changed")[-1] == ((),))
+            world.node.outgoing.append((ours, b"\0\1a check"))
+            world.driver._turn(lambda now: None)
+            assert world.node.named("send_failed") == [(ours, errno.EADDRNOTAVAIL)]
+        finally:
+            server.stop()
 
     run(test)
 

@@ -143,8 +143,9 @@ def cut(stream: memoryview) -> tuple[list[memoryview], int]:
     while end - position >= CHANNEL_HEADER.size:
         first, length = CHANNEL_HEADER.unpack_from(stream, position)
         if first < FIRST_CHANNEL:
-            if length % 4:
-                raise FramingError("a STUN message has a length that is no multiple of 4")
+            cookie = stream[position + 4 : position + 8]
+            if length % 4 or not _COOKIE.startswith(cookie):
+                raise FramingError("this is no STUN message")
             size = padded = STUN_HEADER + length
         elif first <= LAST_CHANNEL:
             size = CHANNEL_HEADER.size + length

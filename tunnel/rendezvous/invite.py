@@ -156,10 +156,8 @@ class Invitation:
         self.failures = 0
         self._topic = _join_topic(self._code)
         self._connected = False
-        self._joiner = b""
-        """Whom the invitation belongs to."""
-        self._nonce = b""
-        """Of its latest question."""
+        self._joiner: Join | None = None
+        """The latest question of whom the invitation belongs to."""
         self._content: Welcome | Refused | None = None
         """What it was answered."""
         self._reason = Reason.USED
@@ -193,7 +191,7 @@ class Invitation:
         if verify(message.key, self._speaker.public, context, *opened) is None:
             return
         if isinstance(message, Thanks):
-            if self.state is State.WELCOMED and message.key == self._joiner:
+            if self.state is State.WELCOMED and self._belongs_to(message.key):
                 self._burn(Reason.USED, delivered=True)
         else:
             self._asked(message, now)
@@ -243,30 +241,33 @@ class Invitation:
                 self.failures += 1
                 if self.failures >= MAX_FAILURES:
                     self._burn(Reason.FAILED)
-        elif self.state is State.OPEN:
+            return
+        if not self._speaker.can_reach(join.key):
+            return
+        if self.state is State.OPEN:
             self.state = State.ASKED
-            self._joiner, self._nonce = join.key, join.nonce
+            self._joiner = join
             self._events.append(JoinAsked(join.key, join.name, join.wishes))
-        elif join.key == self._joiner:
-            self._nonce = join.nonce
+        elif self._belongs_to(join.key):
+            self._joiner = join
             if self._content is not None and self._answers.take(now):
-                self._say(join.key, join.nonce, self._content)
+                self._say(join, self._content)
         elif self._refusals.take(now):
-            self._say(join.key, join.nonce, Refused(self._reason))
+            self._say(join, Refused(self._reason))
+
+    def _belongs_to(self, key: bytes) -> bool:
+        return self._joiner is not None and key == self._joiner.key
 
     def _decide(self, content: Welcome | Refused, now: float) -> None:
-        if self.state is not State.ASKED:
+        if self.state is not State.ASKED or self._joiner is None:
             raise ValueError("nobody asks")
-        self._say(self._joiner, self._nonce, content)
+        self._say(self._joiner, content)
         self._content, self._answered_at = content, now
 
-    def _say(self, joiner: bytes, nonce: bytes, content: Welcome | Refused) -> None:
-        try:
-            topic = self._speaker.topic(joiner, self._speaker.public, _ANSWER_TOPIC)
-        except ValueError:
-            return  # it can sign, but not be sealed to
-        body = encode_answer(Answer(nonce, content))
-        sealed = self._speaker.seal(joiner, _ANSWER_CONTEXT + topic.encode(), body)
+    def _say(self, join: Join, content: Welcome | Refused) -> None:
+        topic = self._speaker.topic(join.key, self._speaker.public, _ANSWER_TOPIC)
+        body = encode_answer(Answer(join.nonce, content))
+        sealed = self._speaker.seal(join.key, _ANSWER_CONTEXT + topic.encode(), body)
         if self._connected:
             self._out.append((topic, sealed))
 

@@ -47,7 +47,9 @@ class Word:
     nonce: bytes
     """The sender's, for the receiver to echo."""
     echo: bytes
-    """The receiver's latest that the sender knows of, or empty."""
+    """The receiver's, or empty."""
+    ask: bool
+    """Whether the sender wants an answer, because it knows nothing fresh of the receiver."""
     presence: str
     """The topic of the sender's last will."""
     offer: Offer
@@ -58,6 +60,7 @@ class _Wire(Struct, frozen=True):
     seq: Annotated[int, Meta(ge=0, le=2**63 - 1)]
     nonce: _Nonce
     echo: Annotated[bytes, Meta(max_length=NONCE_LENGTH)]
+    ask: bool
     presence: Annotated[str, Meta(max_length=64)]
     ufrag: Annotated[str, Meta(max_length=64)]
     password: Annotated[str, Meta(max_length=64)]
@@ -84,6 +87,7 @@ def encode(word: Word) -> bytes:
             seq=word.sequence,
             nonce=word.nonce,
             echo=word.echo,
+            ask=word.ask,
             presence=word.presence,
             ufrag=offer.ufrag,
             password=offer.password,
@@ -101,4 +105,4 @@ def decode(body: bytes) -> Word | None:
         return None
     candidates = tuple(map(candidate_of, wire.candidates))
     offer = Offer(wire.ufrag, wire.password, wire.generation, candidates)
-    return Word(wire.boot, wire.seq, wire.nonce, wire.echo, wire.presence, offer)
+    return Word(wire.boot, wire.seq, wire.nonce, wire.echo, wire.ask, wire.presence, offer)

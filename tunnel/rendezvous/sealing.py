@@ -37,6 +37,10 @@ _SIGNATURE = 64
 _SEAL = 48  # an ephemeral key and an authenticator
 
 
+MAX_BODY = MAX_MESSAGE - _SEAL - _SIGNATURE - 2
+"""Bytes that can be sealed."""
+
+
 class Speaker:
     """This host's private key, as the rendezvous uses it."""
 
@@ -49,6 +53,15 @@ class Speaker:
         """Where `sender`, one of the two, speaks to the other. Raises ValueError for a bad key."""
         secret = crypto_scalarmult(bytes(self._boxing), bytes(_box_key(peer)))
         return topic_of(secret, purpose + sender)
+
+    def can_reach(self, peer: bytes) -> bool:
+        """Whether this is a key that can be spoken to: a point of the right group. One that is not
+        may still make signatures that verify."""
+        try:
+            _box_key(peer)
+        except ValueError:
+            return False
+        return True
 
     def seal(self, peer: bytes, context: bytes, body: bytes) -> bytes:
         """Sign, pad and seal `body` for `peer`. Raises ValueError when it is too long."""
@@ -66,7 +79,7 @@ class Speaker:
 
     def unseal(self, data: bytes) -> tuple[bytes, bytes] | None:
         """Signature and body of what is sealed to us, by whomever; None if it is not."""
-        if not _SEAL + _SIGNATURE + 2 <= len(data) <= MAX_MESSAGE:
+        if not data or len(data) > MAX_MESSAGE or len(data) % BLOCK:
             return None
         try:
             plain = SealedBox(self._boxing).decrypt(data)

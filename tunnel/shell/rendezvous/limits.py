@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 
-TOPIC_PREFIX = "martlet/1/"
-TOPIC = re.compile(r"martlet/1/[A-Za-z0-9]{1,64}")
+NAME = 64
+"""Characters of a topic behind its prefix; those of hosts have 26."""
+
+TOPIC = re.compile(rf"martlet/1/[A-Za-z0-9]{{1,{NAME}}}")
 """Topics that may be used: names that only those can know who derived them from their keys."""
 
 PAYLOAD = 4096

@@ -1,9 +1,8 @@
 """mosquitto as a child: a configuration of its own in a temporary directory, and no privileges.
 
-Which topics may be used is enforced by mosquitto's dynamic security plugin, which belongs to
-mosquitto since 2.0: of all its means it is the only one that can refuse a SUBSCRIBE. (With an
-`acl_file`, `martlet/1/+` would be granted, and deliver everything.) Wildcards are denied literally
-before topics below `martlet/1/` are allowed as a pattern; everything else is denied by default.
+What strangers may do is decided by a plugin of ours, `rules.c`; sizes and queues are mosquitto's
+own limits. It ends when it reaches its `memory_limit`, so it is started again when it ends; nothing
+is lost by that but connections, as nothing is ever kept.
 
 setpriv(1) gives the child another user, leaves it nothing but the right to bind low ports, and has
 the kernel end it when we end, however that happens.
@@ -13,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
+import importlib.util
 import os
 import pwd
 import re
@@ -23,7 +22,6 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tunnel.errors import LocalError, PrivilegeError
 from tunnel.shell.log import Log
@@ -32,15 +30,16 @@ from tunnel.shell.rendezvous import limits
 USERS = ("mosquitto", "nobody")
 """Who the broker runs as when we are root; the first that exists."""
 
+FIRST_PAUSE, LAST_PAUSE = 0.1, 5.0
+"""Seconds until it is started again: doubles, until it has run for STABLE seconds."""
+STABLE = 60.0
+
 START_TIMEOUT = 10.0  # seconds until it must say that it runs
 STOP_TIMEOUT = 3.0  # seconds from SIGTERM to SIGKILL
 
 _POLL = 0.01  # seconds between two looks whether it listens
 _RELOAD = 5.0  # seconds in which it has surely read its files again
 _SBIN = "/usr/sbin:/usr/local/sbin"  # where Debian puts it, which is not on every user's PATH
-_PLUGIN = "mosquitto_dynamic_security.so"
-_LIBRARIES = ("/usr/lib", "/usr/lib64", "/usr/local/lib", "/lib")
-_GROUP, _ROLE = "hosts", "host"
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,6 @@ class Program:
 
     path: str
     version: str
-    plugin: Path
 
 
 @dataclass(frozen=True)
@@ -69,16 +67,12 @@ def find() -> tuple[Program | None, str]:
     found = re.search(r"mosquitto version (\d+)\.(\S+)", said)
     if found is None or int(found[1]) < 2:
         return None, f"{path} is too old: version 2.0 or later is needed"
-    roots = [Path(path).resolve().parent.parent / "lib", *map(Path, _LIBRARIES)]
-    for root in roots:
-        for plugin in (root / _PLUGIN, *sorted(root.glob(f"*/{_PLUGIN}"))):
-            if plugin.exists():
-                return Program(path, f"{found[1]}.{found[2]}", plugin), ""
-    return None, f"{path} has no {_PLUGIN}, which keeps strangers from listening to everything"
+    if _rules() is None:
+        return None, "martlet was installed without its plugin for mosquitto (rules.c)"
+    return Program(path, f"{found[1]}.{found[2]}"), ""
 
 
 def configuration(
-    program: Program,
     directory: Path,
     addresses: Sequence[str | None],
     port: int,
@@ -90,19 +84,19 @@ def configuration(
     lines = [
         "per_listener_settings false",
         "allow_anonymous true",
-        f"plugin {program.plugin}",
-        f"plugin_opt_config_file {directory}/rules.json",
-        # Nothing is kept: not on disk, not for those who come later, hardly for those who went.
+        f"plugin {directory}/rules.so",
+        f"plugin_opt_name {limits.NAME}",
+        f"plugin_opt_payload {limits.PAYLOAD}",
+        f"plugin_opt_subscriptions {limits.SUBSCRIPTIONS}",
+        f"plugin_opt_keepalive {limits.KEEPALIVE}",
         "persistence false",
         "retain_available false",
-        "persistent_client_expiration 1h",  # the shortest there is
         "queue_qos0_messages false",
         f"max_queued_messages {limits.QUEUED}",
         f"max_queued_bytes {limits.QUEUED_BYTES}",
         f"max_inflight_messages {limits.IN_FLIGHT}",
         f"message_size_limit {limits.PAYLOAD}",
         f"max_packet_size {limits.PACKET}",
-        f"max_keepalive {limits.KEEPALIVE}",
         f"memory_limit {memory}",
         "set_tcp_nodelay true",
         "sys_interval 0",
@@ -120,39 +114,6 @@ def configuration(
             lines += [f"certfile {directory}/certificate.pem", f"keyfile {directory}/key.pem"]
     lines += [f"listener 0 {directory}/socket", f"max_connections {max_clients}"]
     return "\n".join(lines) + "\n"
-
-
-def rules() -> dict[str, Any]:
-    """The plugin's configuration: everybody is anonymous, and has the one role."""
-    topics = limits.TOPIC_PREFIX + "+"
-
-    def rule(kind: str, topic: str, allow: bool) -> dict[str, Any]:
-        # The higher priority counts.
-        return {"acltype": kind, "topic": topic, "priority": 0 if allow else 1, "allow": allow}
-
-    return {
-        "defaultACLAccess": {
-            "publishClientSend": False,
-            "publishClientReceive": False,
-            "subscribe": False,
-            "unsubscribe": True,
-        },
-        "clients": [],
-        "groups": [{"groupname": _GROUP, "roles": [{"rolename": _ROLE}]}],
-        "anonymousGroup": _GROUP,
-        "roles": [
-            {
-                "rolename": _ROLE,
-                "acls": [
-                    rule("publishClientSend", topics, True),
-                    rule("publishClientReceive", topics, True),
-                    rule("subscribeLiteral", limits.TOPIC_PREFIX + "+", False),
-                    rule("subscribeLiteral", limits.TOPIC_PREFIX + "#", False),
-                    rule("subscribePattern", topics, True),
-                ],
-            }
-        ],
-    }
 
 
 class Mosquitto:
@@ -175,9 +136,7 @@ class Mosquitto:
         self._directory = directory
         self._port = port
         self._tls = tls
-        self._config = configuration(
-            program, directory, addresses, port, tls is not None, max_clients
-        )
+        self._config = configuration(directory, addresses, port, tls is not None, max_clients)
         self._user = _unprivileged() if os.geteuid() == 0 else None
         self._process: asyncio.subprocess.Process | None = None
         self._reader: asyncio.Task[None] | None = None
@@ -194,7 +153,11 @@ class Mosquitto:
         if self._user is not None:
             os.chown(self._directory, self._user.pw_uid, self._user.pw_gid)
         self._write("mosquitto.conf", self._config.encode())
-        self._write("rules.json", json.dumps(rules()).encode())
+        # The child's user may not be let to where we are installed.
+        rules = _rules()
+        assert rules is not None
+        self._write("rules.so", rules.read_bytes())
+        self.socket.unlink(missing_ok=True)
         self._copy_tls()
         command = [*self._setpriv(), self._program.path, "-c", f"{self._directory}/mosquitto.conf"]
         self._process = await asyncio.create_subprocess_exec(
@@ -215,10 +178,19 @@ class Mosquitto:
         self._forget_tls()
 
     async def wait(self) -> None:
-        """Return never; raises LocalError when mosquitto ends by itself."""
-        assert self._reader is not None
-        await asyncio.shield(self._reader)
-        raise self._error("mosquitto has ended")
+        """Start it again whenever it ends. Returns never; raises LocalError when it cannot be."""
+        loop = asyncio.get_running_loop()
+        pause = FIRST_PAUSE
+        while True:
+            assert self._reader is not None
+            began = loop.time()
+            await asyncio.shield(self._reader)
+            if loop.time() - began > STABLE:
+                pause = FIRST_PAUSE
+            _log.error("mosquitto has ended", says="; ".join(self._said[-1:]), again_in_s=pause)
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, LAST_PAUSE)
+            await self.start()
 
     async def stop(self) -> None:
         """End it."""
@@ -307,7 +279,9 @@ class Mosquitto:
                 break
             text = line.decode(errors="replace").strip()
             self._said = [*self._said, text][-20:]
-            tell = _log.warning if text.startswith(("Error", "Warning")) else _log.debug
+            # The gateway's Unix socket has no TCP_NODELAY, as it says for each connection.
+            serious = text.startswith(("Error", "Warning")) and "TCP_NODELAY" not in text
+            tell = _log.warning if serious else _log.debug
             tell("mosquitto", says=text)
         await self._process.wait()
 
@@ -325,6 +299,12 @@ class Mosquitto:
                 remedy=f"see by whom with `ss -ltnp sport = :{self._port}`, or give another --port",
             )
         return LocalError(f"{problem}: {why}" if why else problem)
+
+
+def _rules() -> Path | None:
+    """The plugin, if it was built."""
+    found = importlib.util.find_spec("tunnel.shell.rendezvous.rules")
+    return None if found is None or found.origin is None else Path(found.origin)
 
 
 def _unprivileged() -> pwd.struct_passwd:

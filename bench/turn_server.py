@@ -1,8 +1,4 @@
-"""A real TURN server in the middle of a world: Debian's coturn, over UDP, TCP and TLS.
-
-     [A] u0 --[natA0]-- a0 +------+ b0 --[natB0]-- u0 [B]
-                           | core |  198.51.100.1, 2001:db8:f0::1, ports 3478 and 5349 (coturn)
-     [A] u1 --[natA1]-- a1 +------+ b1 --[natB1]-- u1 [B]
+"""A real TURN server in a namespace: Debian's coturn, over UDP, TCP and TLS.
 
 Its relayed addresses are its own. It knows one user by long-term credentials. Its certificate is
 made for the occasion: `environment` has a tunnel trust it. It reads and writes nothing outside its
@@ -13,7 +9,7 @@ from __future__ import annotations
 
 import datetime
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from ipaddress import ip_address
 from pathlib import Path
 
@@ -24,7 +20,6 @@ from cryptography.x509.oid import NameOID
 
 from cli.demo.netns import Namespace, terminate
 from cli.demo.pair import tail
-from cli.demo.world import World
 
 PORT, TLS_PORT = 3478, 5349  # RFC 8656 section 18
 USER, PASSWORD, REALM = "martlet", "swallow", "martlet.test"
@@ -32,14 +27,16 @@ _START = 10.0  # seconds it may take to listen
 
 
 class TurnServer:
-    """Listens on the core's first address of each family; running when the constructor returns.
+    """Listens on these addresses, by family; running when the constructor returns.
 
     `quota`: allocations that the user may have; 0: any number.
     """
 
-    def __init__(self, world: World, directory: Path, *, quota: int = 0) -> None:
-        self.space: Namespace = world.core
-        self.addresses = dict(world.uplink("A").cores)
+    def __init__(
+        self, space: Namespace, addresses: Mapping[int, str], directory: Path, *, quota: int = 0
+    ) -> None:
+        self.space = space
+        self.addresses = dict(addresses)
         self.log = directory / "coturn.log"
         self.events = directory / "coturn.events"
         self.certificate = directory / "coturn.pem"
@@ -60,6 +57,10 @@ class TurnServer:
             if self._process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"turnserver does not listen: {tail(self.log)}")
             time.sleep(0.02)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
     def stop(self) -> None:
         terminate([self._process])
