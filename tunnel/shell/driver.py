@@ -88,7 +88,7 @@ class Node(Protocol):
     def engine_events(self, connections: list[Connection], now: float) -> bool: ...
     def receive_datagram(self, data: bytes, path: PathKey, now: float) -> None: ...
     def network_changed(self, network: LocalNetwork, port: int, now: float) -> None: ...
-    def port_opened(self, local: Address, now: float) -> None: ...
+    def port_opened(self, local: Address, now: float, *, spread: bool = False) -> None: ...
     def relays_changed(self, relays: tuple[Relay, ...], now: float) -> None: ...
     def endpoints_resolved(self, peer: str, addresses: list[Address], now: float) -> None: ...
     def mapped_ports_changed(self, mapped: dict[Address, Address], now: float) -> None: ...
@@ -519,8 +519,8 @@ class Driver:
                 offered = self._offers.pop(token, None)
                 if offered is not None:
                     offered(event)
-            case PortWanted(ip):
-                self._loop.call_soon(self._open_port, ip)
+            case PortWanted(ip, spread):
+                self._loop.call_soon(self._open_port, ip, spread)
             case PortUnwanted(local):
                 self._sockets.close_extra(local)
             case BenchWanted():
@@ -608,10 +608,10 @@ class Driver:
         del self._locals[number]
         self._io.remove_socket(number)
 
-    def _open_port(self, ip: str) -> None:
-        local = None if self._stopped.done() else self._sockets.open_extra(ip)
+    def _open_port(self, ip: str, spread: bool) -> None:
+        local = None if self._stopped.done() else self._sockets.open_extra(ip, many=spread)
         if local is not None:
-            self._turn(lambda now: self._node.port_opened(local, now))
+            self._turn(lambda now: self._node.port_opened(local, now, spread=spread))
 
     def _aim(self, path: Path, key: PathKey) -> None:
         local, remote = key
