@@ -826,3 +826,76 @@ def test_what_is_routed_into_the_tunnel_later_is_left() -> None:
     agent.forbidden_changed([])
     agent.bases_changed(local_network(links), bases_of(links), START)
     assert len(agent.pairs()) == 2
+
+
+# probes: checks on what is no pair
+
+
+def test_an_answered_probe_makes_a_pair() -> None:
+    made = agent_with()
+    made.remote_candidates(1, [Candidate(PEER, Kind.SRFLX, 3, True)], START)
+    made.datagrams_to_send(START)
+    keys = [PathKey(BASE.address, Address(PEER.host, port)) for port in (50001, 50002, 50003)]
+    made.probe(keys, START + 1)
+    sent = made.datagrams_to_send(START + 1)
+    assert [key for key, _ in sent] == keys
+    assert not any(made.pair(key) for key in keys), "nothing is kept of them"
+    assert len(advance(made, START + 1, START + 2)) < 10, "nor are they repeated"
+    assert check.read_request(sent[1][1], THEIRS) is not None
+    answer(made, [sent[1]], START + 1.1)
+    [pair] = [pair for pair in made.pairs() if pair.state is WARM]
+    assert pair.key == keys[1] and made.direct == {keys[1]}
+    assert (pair.remote_rank, pair.metered) == (3, True), "as the peer says of that host"
+    assert made.stray() is None
+
+
+def test_a_forged_answer_to_a_probe_is_none() -> None:
+    made = agent_with()
+    key = PathKey(BASE.address, PEER)
+    made.probe([key], START)
+    [(_, request)] = made.datagrams_to_send(START)
+    transaction = check.transaction_id_of(request)
+    made.receive(
+        check.response(replace(THEIRS, local_password="x" * 22), transaction, PEER), key, 1
+    )
+    elsewhere = PathKey(BASE.address, PEER._replace(port=1))
+    answer(made, [(elsewhere, request)], START + 0.1)
+    assert not made.pairs() and made.stray() is None
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_what_comes_in_on_a_socket_that_is_no_base_is_told(asked: bool) -> None:
+    made = agent_with()
+    socket = replace(BASE, address=Address(BASE.address.host, 50001))
+    key = PathKey(socket.address, PEER)
+    made.probe([key], START)
+    [probe] = made.datagrams_to_send(START)
+    if asked:
+        ask(made, START + 0.1, key)
+        [(path, data)] = made.datagrams_to_send(START + 0.1)
+        assert path == key and check.username_of(data) is None, "it is answered, too"
+    else:
+        answer(made, [probe], START + 0.1)
+    assert made.stray() == key and made.stray() is None
+    assert not made.pairs()
+    link = uplink("a", 1)
+    made.bases_changed(local_network([link]), [*bases_of([link]), socket], START + 0.2)
+    made.socket_kept(key, START + 0.2)
+    answer(made, made.datagrams_to_send(START + 0.2), START + 0.3)
+    assert key in made.direct
+
+
+def test_the_kind_of_nat_goes_with_the_list() -> None:
+    made = agent_with()
+    events(made)
+    generation, _ = made.candidates()
+    made.hard_changed(True, START)
+    assert events(made) == [CandidatesChanged()]
+    assert made.hard and made.candidates()[0] > generation
+    made.hard_changed(True, START)
+    assert not events(made)
+    made.remote_candidates(2, [], START, hard=True)
+    made.remote_candidates(1, [], START, hard=False)  # late
+    assert made.peer_hard
+    made.remote_candidates(3, [], START)
+    assert made.peer_hard is None, "an older program, or not known any more"

@@ -36,6 +36,8 @@ from tunnel.events import (
     PeerRefused,
     PeerUp,
     PingReply,
+    PortUnwanted,
+    PortWanted,
     ResolveWanted,
 )
 from tunnel.identity import Identity
@@ -677,6 +679,29 @@ def test_names_are_resolved_and_pings_answered() -> None:
         world.node.events.append(PingReply("office", token + 1, 0.7))
         world.driver._turn(lambda now: None)
         assert got == [0.5]
+
+    run(test)
+
+
+@pytest.mark.parametrize("spread", [True, False])
+def test_further_sockets_come_and_go(spread: bool) -> None:
+    async def test(world: World) -> None:
+        world.start()
+        world.node.events.append(PortWanted("127.0.0.1", spread=spread))
+        world.driver._turn(lambda now: None)
+        await world.until(lambda: world.node.named("port_opened"))
+        [(local, told)] = world.node.named("port_opened")
+        assert told == spread and local.host == "127.0.0.1"
+        with socket.socket(type=socket.SOCK_DGRAM) as other:
+            other.bind(("127.0.0.1", 0))
+            other.sendto(b"x", local)
+            await world.until(lambda: world.node.named("receive_datagram"))
+            [(_, path)] = world.node.named("receive_datagram")
+            assert path == PathKey(local, Address(*other.getsockname()))
+        world.node.events.append(PortUnwanted(local))
+        world.driver._turn(lambda now: None)
+        with socket.socket(type=socket.SOCK_DGRAM) as other:
+            other.bind(local)  # it is free again
 
     run(test)
 

@@ -461,8 +461,8 @@ class Driver:
                 offered = self._offers.pop(token, None)
                 if offered is not None:
                     offered(event)
-            case PortWanted(ip):
-                self._loop.call_soon(self._open_port, ip)
+            case PortWanted(ip, spread):
+                self._loop.call_soon(self._open_port, ip, spread)
             case PortUnwanted(local):
                 self._sockets.close_extra(local)
             case BenchWanted():
@@ -550,10 +550,10 @@ class Driver:
         del self._locals[number]
         self._io.remove_socket(number)
 
-    def _open_port(self, ip: str) -> None:
-        local = None if self._stopped.done() else self._sockets.open_extra(ip)
+    def _open_port(self, ip: str, spread: bool) -> None:
+        local = None if self._stopped.done() else self._sockets.open_extra(ip, many=spread)
         if local is not None:
-            self._turn(lambda now: self._node.port_opened(local, now))
+            self._turn(lambda now: self._node.port_opened(local, now, spread=spread))
 
     def _aim(self, path: Path, key: PathKey) -> None:
         local, remote = key
