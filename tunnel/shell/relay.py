@@ -554,7 +554,7 @@ class _Attempt:
             number, length = CHANNEL_HEADER.unpack_from(message)
             remote = allocation.remote_of(number)
             payload = message[CHANNEL_HEADER.size : CHANNEL_HEADER.size + length]
-            if remote is not None and 0 < length == len(payload):
+            if remote is not None and length == len(payload):
                 live.take(remote, payload)
         if live is not None:
             allocation.heard(now)
@@ -744,6 +744,8 @@ class _Live:
 
     def take(self, remote: Address, payload: memoryview) -> None:
         """A datagram of `remote`: a 1-RTT packet to a peer the engine knows, or the node's."""
+        if not payload:
+            return  # anybody can send an empty one to a relayed address
         shim = self._shims.get(remote)
         if shim is not None and payload[0] & 0xC0 == 0x40:
             shim.add(payload)
