@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import os
 import socket
 import ssl
 import struct
@@ -173,6 +174,7 @@ def run(
     async def main() -> None:
         password = tmp_path / "password"
         password.write_text("swallow\n")
+        password.chmod(0o600)
         server = LoopServer()
         server.prepare = only_ipv4
         await server.start(context)
@@ -395,7 +397,24 @@ def test_a_password_file_that_is_not_there(tmp_path: Path) -> None:
         world.password.unlink()
         world.begin()
         await world.until(lambda: world.rows(state="failed"))
-        assert "cannot read the password file: No such file" in world.rows()[0]["error"]
+        assert "there is no such password file" in world.rows()[0]["error"]
+        assert world.server.clients == []
+
+    run(tmp_path, test)
+
+
+def test_a_password_file_that_others_may_read_or_that_is_none(tmp_path: Path) -> None:
+    async def test(world: World) -> None:
+        world.password.chmod(0o644)
+        world.begin()
+        await world.until(lambda: world.rows(state="failed"))
+        assert "others may read this password" in world.rows()[0]["error"]
+        world.relays.close()
+        world.password.unlink()
+        os.mkfifo(world.password, 0o600)  # reading it would wait for ever
+        world.begin()
+        await world.until(lambda: world.rows(state="failed"))
+        assert "not a regular file" in world.rows()[0]["error"]
         assert world.server.clients == []
 
     run(tmp_path, test)
