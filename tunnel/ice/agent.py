@@ -79,6 +79,8 @@ class Agent:
         self._meeting: Credentials | None = None
         self._allowance: int | None = None
         """Checks left on unproven word of the peer; None: no limit."""
+        self._withheld: set[PathKey] = set()
+        """Pairs whose turn came when there were none left."""
         self._network = LocalNetwork()
         self._bases: dict[Address, Base] = {}
         self._out: list[tuple[PathKey, bytes]] = []
@@ -151,11 +153,18 @@ class Agent:
                 self._heard = Heard()
                 self._begin(now)
         elif fresh:
-            self._allowance = None
+            self._proven()
         self.remote_candidates(generation, candidates, now)
+
+    def _proven(self) -> None:
+        """The peer is there, certainly: its word is worth all checks."""
+        self._allowance = None
+        withheld, self._withheld = self._withheld, set()
+        self._list.ask_withheld(withheld)
 
     def _begin(self, now: float) -> None:
         self._out.clear()
+        self._withheld.clear()
         self._remotes.new_session()
         self._remotes.network_changed(now)
         self._list.new_session()
@@ -274,7 +283,7 @@ class Agent:
         if fresh is Freshness.OLD or not bucket.take(now):
             return
         self.counters["checks_received"] += 1
-        self._allowance = None
+        self._proven()
         if path not in self._list.pairs and path.local in self._bases:
             rank, metered = rank_in(asked)
             self._remotes.see(
@@ -303,7 +312,7 @@ class Agent:
             return
         self._list.transactions.close(transaction)
         self.counters["checks_answered"] += 1
-        self._allowance = None
+        self._proven()
         known = pair.warm and pair.mapped == mapped
         self._list.answered(pair, mapped, asked_at, now)
         if not known:
@@ -364,18 +373,20 @@ class Agent:
         out, self._out = self._out, []
         return out
 
-    def _send_check(self, pair: LivePair, transaction: bytes) -> None:
+    def _send_check(self, pair: LivePair, transaction: bytes) -> bool:
         credentials = self._asking
         if credentials is None:
-            return
+            return False
         if self._session is None and self._allowance is not None:
             if not self._allowance:
-                return
+                self._withheld.add(pair.key)
+                return False
             self._allowance -= 1
         kind = Kind.RELAY if pair.base.relay else Kind.PRFLX
         wanted = priority(kind, pair.base.rank, pair.base.metered)
         self.counters["checks_sent"] += 1
         self._send(pair.key, check.request(credentials, transaction, wanted))
+        return True
 
     def _send(self, path: PathKey, data: bytes) -> None:
         self.counters["bytes_sent"] += len(data)
