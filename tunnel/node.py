@@ -161,8 +161,6 @@ class Node:
 
     def add_peer(self, config: PeerConfig, now: float) -> None:
         """A further peer, of a name and key that no other has. Sessions with others go on."""
-        if self.meeting is not None:
-            self.meeting.add_peer(config.public_key.raw)
         owner = self.datapath.allow(config.allowed_ips)
         peer = self._peer(config, owner, ())
         self.peers[config.name] = self._by_key[config.public_key.raw] = peer
@@ -451,7 +449,8 @@ class Node:
                 for relay in self._relays
                 if (relay.ip, relay.interface) == (local.ip, local.interface)
             ]  # fmt: skip
-        return tuple(found)
+        sockets = {base.address for base in found if not base.relay}
+        return tuple(base for base in found if not (base.relay and base.address in sockets))
 
     def _sockets_changed(self, now: float) -> None:
         """There are more or fewer sockets, or relays, on the same addresses."""

@@ -88,6 +88,8 @@ class Agent:
         self.heard_at: float | None = None
         """When the peer certainly said something, here or by the rendezvous."""
         self._stray: PathKey | None = None
+        self._withheld: set[PathKey] = set()
+        """Pairs whose turn came when there were none left."""
         self._network = LocalNetwork()
         self._bases: dict[Address, Base] = {}
         self._out: list[tuple[PathKey, bytes]] = []
@@ -163,13 +165,20 @@ class Agent:
                 self.heard_at = None
                 self._begin(now)
         elif fresh:
-            self._allowance = None
+            self._proven()
         if fresh:
             self.heard_at = now
         self.remote_candidates(generation, candidates, now, hard=hard)
 
+    def _proven(self) -> None:
+        """The peer is there, certainly: its word is worth all checks."""
+        self._allowance = None
+        withheld, self._withheld = self._withheld, set()
+        self._list.ask_withheld(withheld)
+
     def _begin(self, now: float) -> None:
         self._out.clear()
+        self._withheld.clear()
         self._remotes.new_session()
         self._remotes.network_changed(now)
         self._list.new_session()
@@ -300,7 +309,7 @@ class Agent:
         if fresh is Freshness.OLD or not bucket.take(now):
             return
         self.counters["checks_received"] += 1
-        self._allowance = None
+        self._proven()
         self.heard_at = now
         if path not in self._list.pairs and path.local in self._bases:
             rank, metered = rank_in(asked)
@@ -330,7 +339,7 @@ class Agent:
             return
         self._list.transactions.close(transaction)
         self.counters["checks_answered"] += 1
-        self._allowance = None
+        self._proven()
         self.heard_at = now
         pair = self._list.pairs.get(path) or self._found(path, now)
         if pair is None:
@@ -447,20 +456,25 @@ class Agent:
         out, self._out = self._out, []
         return out
 
-    def _send_check(self, pair: LivePair, transaction: bytes) -> None:
+    def _send_check(self, pair: LivePair, transaction: bytes) -> bool:
         kind = Kind.RELAY if pair.base.relay else Kind.PRFLX
-        self._ask(pair.key, transaction, kind, pair.base.rank, pair.base.metered)
+        sent = self._ask(pair.key, transaction, kind, pair.base.rank, pair.base.metered)
+        if not sent and self.running:
+            self._withheld.add(pair.key)
+        return sent
 
-    def _ask(self, key: PathKey, transaction: bytes, kind: Kind, rank: int, metered: bool) -> None:
+    def _ask(self, key: PathKey, transaction: bytes, kind: Kind, rank: int, metered: bool) -> bool:
+        """False where it is not to be asked now."""
         credentials = self._asking
         if credentials is None:
-            return
+            return False
         if self._session is None and self._allowance is not None:
             if not self._allowance:
-                return
+                return False
             self._allowance -= 1
         self.counters["checks_sent"] += 1
         self._send(key, check.request(credentials, transaction, priority(kind, rank, metered)))
+        return True
 
     def _send(self, path: PathKey, data: bytes) -> None:
         self.counters["bytes_sent"] += len(data)

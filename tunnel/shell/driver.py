@@ -439,11 +439,11 @@ class Driver:
 
     def _send(self, datagrams: list[tuple[PathKey, bytes]]) -> list[tuple[PathKey, int]]:
         """Send them, each by a socket or a relay; the paths that failed, with the errno."""
-        relayed = [(path, data) for path, data in datagrams if self._relays.owns(path.local)]
+        relayed = [(path, data) for path, data in datagrams if self._is_relay(path.local)]
         if not relayed:
             return self._sockets.send(datagrams)
         failures = self._sockets.send(
-            [(path, data) for path, data in datagrams if not self._relays.owns(path.local)]
+            [(path, data) for path, data in datagrams if not self._is_relay(path.local)]
         )
         for path, data in relayed:
             error = self._relays.send(path, data)
@@ -555,9 +555,14 @@ class Driver:
         if local is not None:
             self._turn(lambda now: self._node.port_opened(local, now, spread=spread))
 
+    def _is_relay(self, local: Address) -> bool:
+        """Whether this is the address of a relay, and not of a socket of ours, whatever a TURN
+        server says: it would take all our traffic away."""
+        return local not in self._numbers and self._relays.owns(local)
+
     def _aim(self, path: Path, key: PathKey) -> None:
         local, remote = key
-        relayed = self._relays.socket_of(key)
+        relayed = self._relays.socket_of(key) if self._is_relay(local) else None
         if relayed is not None:
             udp, remote = relayed
             local = udp.local
