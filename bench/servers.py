@@ -180,6 +180,7 @@ class Turn(Server):
         self.addresses = list(addresses)
         self.password_file = directory / "turn.password"
         self.password_file.write_text(self.password + "\n")
+        self.password_file.chmod(0o600)
         lines = ["lt-cred-mech", "fingerprint", "no-rfc5780", "no-multicast-peers"]
         lines += [f"user={self.username}:{self.password}", f"realm={self.realm}"]
         lines += [f"relay-ip={host}" for host in addresses]

@@ -42,6 +42,7 @@ class TurnServer:
         self.certificate = directory / "coturn.pem"
         self.password_file = directory / "turn.password"
         self.password_file.write_text(PASSWORD + "\n")
+        self.password_file.chmod(0o600)
         self.environment = {"SSL_CERT_FILE": str(self.certificate)}
         self._directory = directory
         self._quota = quota

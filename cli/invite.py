@@ -35,6 +35,7 @@ from tunnel.identity import Identity, PublicKey
 from tunnel.membership import PRIVATE, Edit, Host, Refusal, Terms, admit, check_terms
 from tunnel.rendezvous.invite import Burnt, JoinAsked, Reason, TurnServer, Welcome
 from tunnel.shell import joining
+from tunnel.shell.config_file import locked
 from tunnel.shell.secret import read_password
 
 _T = TypeVar("_T")
@@ -108,14 +109,15 @@ class _Inviting:
     def _decide(self, asked: JoinAsked) -> Welcome:
         """Everything that is to be done here before the other one hears of it."""
         self._screen.stop()
-        self._host = again(self._host)
-        try:
-            edit, welcome = admit(self._host, self._terms, asked)
-        except Refusal as error:
-            output.say(f"{asked.name} is not let in: {error}")
-            raise
-        write(self._host, edit)
-        self._edit = edit
+        with locked(self._host.file):
+            self._host = again(self._host)
+            try:
+                edit, welcome = admit(self._host, self._terms, asked)
+            except Refusal as error:
+                output.say(f"{asked.name} is not let in: {error}")
+                raise
+            write(self._host, edit)
+            self._edit = edit
         fingerprint = PublicKey(asked.peer).fingerprint
         output.say(f"{edit.peer} joins, with the key {fingerprint}")
         if edit.text is not None:

@@ -26,6 +26,7 @@ from tunnel.identity import PublicKey
 from tunnel.membership import accept, check_joinable, wishes
 from tunnel.rendezvous.invite import InviteCode, Joining
 from tunnel.shell import joining
+from tunnel.shell.config_file import locked
 
 
 class Options(Struct, frozen=True, kw_only=True):
@@ -68,16 +69,17 @@ def run(options: Options) -> int:
     except KeyboardInterrupt:
         output.say("given up; no config was changed")
         raise
-    host = again(host)
-    edit = accept(
-        host,
-        found.inviter,
-        found.welcome,
-        rendezvous=meeting,
-        peer_name=options.peer_name,
-        accept_routes=options.accept_routes,
-    )
-    write(host, edit)
+    with locked(host.file):
+        host = again(host)
+        edit = accept(
+            host,
+            found.inviter,
+            found.welcome,
+            rendezvous=meeting,
+            peer_name=options.peer_name,
+            accept_routes=options.accept_routes,
+        )
+        write(host, edit)
     fingerprint = PublicKey(found.inviter).fingerprint
     output.say(f"{edit.peer} lets this host in; its key is {fingerprint}")
     output.say(f"{edit.peer} is written to {host.file}")

@@ -80,8 +80,8 @@ class FakeNode:
         for key, path in self.paths.items():
             self.datapath.aim(path, key)
 
-    def port_opened(self, local: Address, now: float) -> None:
-        self.calls.append(("port_opened", local))
+    def port_opened(self, local: Address, now: float, *, spread: bool = False) -> None:
+        self.calls.append(("port_opened", local, spread))
 
     def relays_changed(self, relays: tuple[Relay, ...], now: float) -> None:
         self.calls.append(("relays_changed", relays))

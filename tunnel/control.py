@@ -104,7 +104,7 @@ class CandidateEntry(Struct, frozen=True):
         _check_outer(self.address)
 
 
-class Candidates(_Message, frozen=True):
+class Candidates(_Message, frozen=True, omit_defaults=True):
     """All addresses at which this end may be reached, the best first.
 
     Always the whole list, and the newest generation wins: whatever was lost with a connection or
@@ -115,6 +115,8 @@ class Candidates(_Message, frozen=True):
     generation: Annotated[int, Meta(ge=0, le=2**63 - 1)]
     """Grows with each list of a connection."""
     candidates: Annotated[tuple[CandidateEntry, ...], Meta(max_length=32)]
+    hard: bool | None = None
+    """Whether this end is behind a NAT that maps each destination to another port."""
 
 
 class Ping(_Message, frozen=True):

@@ -62,6 +62,8 @@ class PortWanted:
     firewall may hold on to a dead mapping of the one there is."""
 
     ip: str
+    spread: bool = False
+    """It is one of many, for some seconds: `tunnel.probing`."""
 
 
 @dataclass(frozen=True, slots=True)

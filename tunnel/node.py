@@ -27,6 +27,7 @@ from tunnel.identity import Identity
 from tunnel.ledger import Ledger
 from tunnel.path.network import Address, LocalNetwork, PathKey
 from tunnel.peer import Peer
+from tunnel.probing import Probing
 from tunnel.quic.admission import (
     Admitted,
     Door,
@@ -50,7 +51,8 @@ STUN_SERVERS = ""
 """Stands for them where names are resolved for a peer; no peer has this name."""
 PORT_TRIAL = 10.0
 """Seconds that a further local port gets to become the one in use, and that it stays after it was:
-the peer may go on sending there for a while."""
+the peer may go on sending there for a while. One that is the only way to a peer without a relay
+stays as long as it is."""
 CLOSE_LINGER = 0.2  # seconds for the last datagrams of a closing node
 
 
@@ -112,6 +114,7 @@ class Node:
             Address(str(e.ip), e.port) for e in config.ice.advertise if e.ip is not None
         ]
         self._gatherer = Gatherer(rng)
+        self._probing = Probing(rng=rng, emit=self._events.append, keep=self._keep_port)
         self._mapped: dict[Address, Address] = {}
         self.peers: dict[str, Peer] = {}
         self._places: dict[str, int] = {}  # of each peer, in the datapath
@@ -158,15 +161,13 @@ class Node:
 
     def add_peer(self, config: PeerConfig, now: float) -> None:
         """A further peer, of a name and key that no other has. Sessions with others go on."""
-        if self.meeting is not None:
-            self.meeting.add_peer(config.public_key.raw)
         owner = self.datapath.allow(config.allowed_ips)
         peer = self._peer(config, owner, ())
         self.peers[config.name] = self._by_key[config.public_key.raw] = peer
         self._forbid()
         if self._started:
             peer.network_changed(self._surroundings, now)
-            peer.roaming.agent.reflexive_changed(self._gatherer.mapped(), now)
+            self._tell_mapped(peer, now)
             peer.roaming.agent.mapped_ports_changed(self._mapped, now)
             peer.start(now)
 
@@ -241,8 +242,14 @@ class Node:
             self._events.append(ResolveWanted(STUN_SERVERS, servers))  # names may mean others here
         self._started = True
 
-    def port_opened(self, local: Address, now: float) -> None:
+    def port_opened(self, local: Address, now: float, *, spread: bool = False) -> None:
         """The answer to PortWanted: there is a socket on this address and port, too."""
+        if spread:
+            self._probing.port_opened(local, now)
+        else:
+            self._keep_port(local, now)
+
+    def _keep_port(self, local: Address, now: float) -> None:
         self._extra[local] = now
         self._sockets_changed(now)
 
@@ -345,6 +352,9 @@ class Node:
     def datagrams_to_send(self, now: float) -> list[tuple[PathKey, bytes]]:
         out, self._raw = self._raw, []
         out += self._gatherer.datagrams_to_send(now)
+        sought = {} if self._closing_at is not None else self.peers
+        agents = {name: peer.roaming.agent for name, peer in sought.items()}
+        self._probing.poll(agents, self._gatherer.nat(), now)
         for peer in self.peers.values():
             out += peer.roaming.agent.datagrams_to_send(now)
         for session in list(self._owners):
@@ -370,7 +380,7 @@ class Node:
             seeking = seeking or wanted
             self.meeting.tell(key, peer.offer(), now)
             self.meeting.want(key, wanted, now)
-        self._gatherer.busy(seeking)
+        self._gatherer.busy(seeking or self._probing.hopeful)
         return self.meeting.messages_to_send(now)
 
     def packets_to_write(self) -> list[bytes]:
@@ -386,7 +396,9 @@ class Node:
                 times.append(self._stranger_expires(session))
         times += [at for peer in self.peers.values() if (at := peer.get_timer()) is not None]
         meeting = self.meeting.get_timer() if self.meeting is not None else None
-        others = (self._gatherer.get_timer(), self._ports_expire_at(), meeting)
+        others = (
+            self._gatherer.get_timer(), self._probing.get_timer(), self._ports_expire_at(), meeting
+        )  # fmt: skip
         times += [at for at in others if at is not None]
         return min(times) if times else None
 
@@ -404,6 +416,7 @@ class Node:
             "listen_port": self._surroundings.port,
             "peers": [peer.status(now, self._met(peer, now)) for peer in self.peers.values()],
             "counters": {**self.counters, "unroutable_packets": self.datapath.unroutable},
+            "probing": self._probing.counters,
             **({"rendezvous": self.meeting.counters} if self.meeting is not None else {}),
         }
 
@@ -436,7 +449,8 @@ class Node:
                 for relay in self._relays
                 if (relay.ip, relay.interface) == (local.ip, local.interface)
             ]  # fmt: skip
-        return tuple(found)
+        sockets = {base.address for base in found if not base.relay}
+        return tuple(base for base in found if not (base.relay and base.address in sockets))
 
     def _sockets_changed(self, now: float) -> None:
         """There are more or fewer sockets, or relays, on the same addresses."""
@@ -453,21 +467,26 @@ class Node:
                 self.datapath.aim(path.metrics, path.addr)
 
     def _ports_expire_at(self) -> float | None:
-        """When the first further port that nobody uses is given back."""
-        used = {session.active.local for session in self._owners}
-        times = [at + PORT_TRIAL for local, at in self._extra.items() if local not in used]
-        return min(times, default=None)
+        """When the first further port is given back, if nobody uses it until then."""
+        return min((at + PORT_TRIAL for at in self._extra.values()), default=None)
 
     def _expire_ports(self, now: float) -> None:
-        at = self._ports_expire_at()
-        if at is None or now < at:
-            return
+        used = self._used_ports() if self._extra else set()
+        self._extra |= {local: now for local in self._extra if local in used}
+        unused = [local for local, at in self._extra.items() if now >= at + PORT_TRIAL]
+        for local in unused:
+            del self._extra[local]
+            self._events.append(PortUnwanted(local))
+        if unused:
+            self._sockets_changed(now)
+
+    def _used_ports(self) -> set[Address]:
         used = {session.active.local for session in self._owners}
-        for local, used_at in list(self._extra.items()):
-            if local not in used and now >= used_at + PORT_TRIAL:
-                del self._extra[local]
-                self._events.append(PortUnwanted(local))
-        self._sockets_changed(now)
+        for peer in self.peers.values():
+            ways = {key.local for key in peer.roaming.agent.direct}
+            if not ways - self._extra.keys():
+                used |= ways
+        return used
 
     def _receive_stun(self, data: bytes, path: PathKey, now: float) -> None:
         """A check of a peer, an answer to one of ours, or of a server; from strangers: silence."""
@@ -487,7 +506,12 @@ class Node:
     def _share_mapped(self, now: float) -> None:
         while self._gatherer.next_event() is not None:
             for peer in self.peers.values():
-                peer.roaming.agent.reflexive_changed(self._gatherer.mapped(), now)
+                self._tell_mapped(peer, now)
+
+    def _tell_mapped(self, peer: Peer, now: float) -> None:
+        nat = self._gatherer.nat()
+        peer.roaming.agent.reflexive_changed(self._gatherer.mapped(), now)
+        peer.roaming.agent.hard_changed(nat.hard if nat is not None else None, now)
 
     def _take_offers(self, now: float) -> None:
         while self.meeting is not None and (event := self.meeting.next_event()) is not None:

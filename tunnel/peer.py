@@ -255,7 +255,8 @@ class Peer:
     def offer(self) -> Offer:
         """What the peer is to be told of us."""
         generation, candidates = self.roaming.agent.candidates()
-        return Offer(self._words.local_ufrag, self._words.local_password, generation, candidates)
+        ufrag, password = self._words.local_ufrag, self._words.local_password
+        return Offer(ufrag, password, generation, candidates, self.roaming.agent.hard)
 
     def offered(self, offered: Offered, now: float) -> None:
         """The peer's own such word, signed by it."""
@@ -273,6 +274,7 @@ class Peer:
             theirs.generation,
             theirs.candidates,
             now,
+            hard=theirs.hard,
             fresh=offered.fresh,
         )
         self.poll(now)
@@ -330,7 +332,9 @@ class Peer:
         elif isinstance(message, Candidates):
             if session is self.session:
                 candidates = list(map(candidate_of, message.candidates))
-                self.roaming.agent.remote_candidates(message.generation, candidates, now)
+                self.roaming.agent.remote_candidates(
+                    message.generation, candidates, now, hard=message.hard
+                )
         elif isinstance(message, Goodbye) and session is self.session:
             self._lose_session(now)
             self.dialler.want(now + 1.0)

@@ -667,4 +667,5 @@ class Roaming:
 
 def _candidates(agent: Agent) -> Candidates:
     generation, candidates = agent.candidates()
-    return Candidates(generation=generation, candidates=tuple(map(entry_of, candidates)))
+    entries = tuple(map(entry_of, candidates))
+    return Candidates(generation=generation, candidates=entries, hard=agent.hard)

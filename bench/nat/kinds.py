@@ -152,6 +152,7 @@ def direct_by_rights(meeting: Meeting) -> bool:
     to, packets to the peer come from another one, on the same public address: filters that look at
     addresses let it in, those that look at ports do not. Two such mappings never meet where either
     end looks at ports. Where neither does, luck and stamina may help; it is not counted on.
+    Nor are those of `direct_by_luck`.
     """
     a, b, shared = meeting
     if a.blocked or b.blocked:
@@ -166,3 +167,13 @@ def direct_by_rights(meeting: Meeting) -> bool:
         if one.mapping == "endpoint" and one.filtering != "port" and other.mapping != "endpoint":
             return True
     return False
+
+
+def direct_by_luck(meeting: Meeting) -> bool:
+    """Whether many ports are probed (`tunnel.ice.birthday`): then they are direct soon, later, or
+    never, and a run is good whatever comes of that.
+    """
+    a, b, shared = meeting
+    if direct_by_rights(meeting) or a.blocked or b.blocked or shared:
+        return False
+    return (a.mapping == "endpoint") != (b.mapping == "endpoint")

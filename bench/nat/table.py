@@ -8,7 +8,7 @@ from statistics import median
 from typing import Any
 
 from bench.figures import markdown, quantile
-from bench.nat.kinds import KINDS, Meeting, direct_by_rights
+from bench.nat.kinds import KINDS, Meeting, direct_by_luck, direct_by_rights
 from bench.nat.runs import Run
 
 
@@ -68,6 +68,7 @@ class Outcome:
             "b": self.meeting.b.name,
             "shared": self.meeting.shared,
             "direct_by_rights": direct_by_rights(self.meeting),
+            "direct_by_luck": direct_by_luck(self.meeting),
             "good": self.good,
             "brief": self.brief(),
             "kept": self.kept,
@@ -112,6 +113,8 @@ def _listed(outcomes: Sequence[Outcome]) -> list[list[str]]:
     for one in outcomes:
         kinds = {"/".join(run.kinds.values()) for run in one.runs if run.kinds}
         must = "direct" if direct_by_rights(one.meeting) else "there" if one.turn else "-"
+        if direct_by_luck(one.meeting):
+            must += ", may be direct"
         lines.append(
             [
                 str(one.meeting),

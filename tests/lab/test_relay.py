@@ -235,6 +235,7 @@ def test_what_the_server_says_no_to_is_told(make_scenario: MakeScenario) -> None
     scenario, server = make(make_scenario)
     wrong = scenario.directory / "wrong.password"
     wrong.write_text("sparrow")
+    wrong.chmod(0o600)
     nobody = f"turn:{server.addresses[4]}:9?transport=tcp"
     scenario.configure(
         server.toml(server.url(), nobody, server.url(secure=True), password_file=wrong), ["A"]

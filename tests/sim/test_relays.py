@@ -13,9 +13,9 @@ import pytest
 
 from tests.sim.test_moves import a_eth, a_wlan, b_eth, running
 from tests.sim.test_roaming import moves, warm
-from tests.sim.world import World
+from tests.sim.world import PORT, World
 from tunnel.events import PeerHolding
-from tunnel.ice.candidate import Kind
+from tunnel.ice.candidate import Kind, Relay
 from tunnel.ledger import Trigger
 from tunnel.path.network import Address, PathKey
 
@@ -142,3 +142,17 @@ def test_the_second_path_beside_a_direct_one_leaves_by_another_uplink() -> None:
     active, second = world.active("a"), world.peer("a").roaming.second
     assert active.local.host == world.a.uplinks[0].ip
     assert second is not None and second.local.host == world.a.uplinks[1].ip
+
+
+def test_a_server_that_says_our_own_address_is_a_relay_is_not_believed() -> None:
+    pair = running(a=[a_eth()], b=[b_eth()], warm=0.0)
+    world = pair.world
+    ours = Address(world.a.uplinks[0].ip, PORT)
+    before = kinds(world, "a")
+    assert ours in world.active("a")
+    relay = Relay(ours, world.a.uplinks[0].interface, ours.host, "turn:turn.example", "udp")
+    world.a.node.relays_changed((relay,), world.now)
+    assert kinds(world, "a") == before
+    world.run(5.0)
+    assert world.both_up and ours in world.active("a")
+    assert Kind.RELAY not in kinds(world, "a").values()

@@ -12,7 +12,8 @@ TURN server in the network, each reached by one of its uplinks. Nothing sleeps: 
 wake-up to the next, and everything random comes from one seed.
 
 With `rendezvous` no end has an endpoint: there are a broker and a STUN server in the network, as
-far from both as they are from each other.
+far from both as they are from each other. The server has another address, if the ends are to
+learn what kind of NAT they are behind (`other_stun`).
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ MAX_SPINS = 20
 """Timers in a row that were due the moment they were armed; a real event loop would burn a core."""
 SEND_ROUNDS = 4  # as the shell
 STUN = Address("192.0.2.53", 3478)
+OTHER_STUN = Address("192.0.2.54", 3479)
 BROKER_ROUND_TRIPS = 2
 """To be connected again: TCP and MQTT. Subscriptions travel with the first message."""
 
@@ -89,6 +91,8 @@ class Uplink:
     endpoint-independent."""
     allowed: dict[Address, float] = field(default_factory=dict)
     next_port: int = 40000
+    ports: random.Random | None = None
+    """Outer ports are drawn at random, not counted."""
 
     def outside(self, remote: Address, now: float, local_port: int = PORT) -> Address:
         """The source address of a packet that leaves to `remote`; makes or renews a mapping."""
@@ -98,6 +102,8 @@ class Uplink:
         if mapping is None or now - mapping.used_at > self.lifetime:
             if forwarded:
                 port = PORT
+            elif self.ports is not None:
+                port = self.ports.randrange(1024, 65536)
             else:
                 self.next_port += 1
                 port = self.next_port
@@ -152,6 +158,7 @@ class Host:
         self.armed: float | None = None
         self.stopped = True  # until booted
         self.ports: set[Address] = set()  # further sockets
+        self.peak_ports = 0
         self.relays: dict[Address, Allocation] = {}
         self.waiting: deque[bytes] = deque()  # in the TUN's own queue, while the node reads nothing
         self.fired_at, self.spins = 0.0, 0
@@ -189,6 +196,7 @@ class World:
         redundancy: str = "off",
         metered: tuple[str, ...] = (),
         rendezvous: bool = False,
+        other_stun: bool = False,
     ) -> None:
         self.seed = seed
         self.rng = random.Random(seed)
@@ -212,7 +220,8 @@ class World:
         self.rendezvous = rendezvous
         self.broker_up = True
         if rendezvous:
-            self.outsiders[STUN.host] = self._stun
+            self.outsiders[STUN.host] = self.outsiders[OTHER_STUN.host] = self._stun
+        self.other_stun = other_stun
         for host, other in ((self.a, self.b), (self.b, self.a)):
             endpoints = [f"{u.public_ip}:{PORT}" for u in other.uplinks if u.forwarded]
             dials = (host is self.a or both_dial) and not rendezvous
@@ -438,14 +447,16 @@ class World:
         self.after(self.delay, distribute)
 
     def _stun(self, source: Address, target: Address, data: bytes) -> None:
-        if target == STUN:
+        if target in (STUN, OTHER_STUN):
             answer = stun.Message(
                 stun.Method.BINDING,
                 stun.Class.RESPONSE,
                 transaction_id_of(data),
                 {"XOR-MAPPED-ADDRESS": tuple(source)},
             )
-            self.deliver(STUN, source, bytes(answer), self.delay)
+            if self.other_stun:
+                answer.attributes["OTHER-ADDRESS"] = tuple(OTHER_STUN)
+            self.deliver(target, source, bytes(answer), self.delay)
 
     def _resolve(self, host: Host, event: ResolveWanted) -> None:
         if not host.stopped:
@@ -458,7 +469,8 @@ class World:
             self._next_port += 1
             local = Address(event.ip, self._next_port)
             host.ports.add(local)
-            host.node.port_opened(local, self.now)
+            host.peak_ports = max(host.peak_ports, len(host.ports))
+            host.node.port_opened(local, self.now, spread=event.spread)
             self.pump(host)
 
     def _arm(self, host: Host) -> None:

@@ -8,7 +8,15 @@ import random
 import pytest
 
 from bench.nat.course import chosen
-from bench.nat.kinds import KINDS, SHARED, Kind, Meeting, direct_by_rights, meetings
+from bench.nat.kinds import (
+    KINDS,
+    SHARED,
+    Kind,
+    Meeting,
+    direct_by_luck,
+    direct_by_rights,
+    meetings,
+)
 from bench.nat.runs import Run
 from bench.nat.table import Outcome, table
 from bench.nattable import Endpoint, NatTable
@@ -100,6 +108,20 @@ def test_what_can_be_hoped_for() -> None:
     assert not direct("port-restricted", "symmetric") and not direct("symmetric", "symmetric")
     assert direct("firewall6", "firewall6")
     assert [direct_by_rights(meeting) for meeting in SHARED] == [True, True, True, False]
+
+
+def test_what_may_be_direct() -> None:
+    def lucky(a: str, b: str) -> bool:
+        found = {direct_by_luck(Meeting(KINDS[x], KINDS[y])) for x, y in ((a, b), (b, a))}
+        assert len(found) == 1, "whoever comes first"
+        return found.pop()
+
+    assert lucky("port-restricted", "symmetric") and lucky("apdm-adf", "port-restricted")
+    assert lucky("cgnat", "cgnat-symmetric") and lucky("port-restricted", "adm-eif")
+    assert not any(lucky("public", b) or lucky("symmetric", b) for b in ("public", "symmetric"))
+    assert not lucky("symmetric", "restricted"), "by rights"
+    assert not lucky("symmetric", "only-443") and not lucky("port-restricted", "cgnat")
+    assert not any(direct_by_luck(meeting) for meeting in SHARED)
 
 
 def test_every_pair_is_there_once() -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tests.sim.world import PORT, Uplink
 from tests.unit.ice_net import START, STUN, End, Net, bases_of, local_network, public, uplink
 from tunnel.ice import check
-from tunnel.ice.agent import Agent
+from tunnel.ice.agent import UNPROVEN_CHECKS, Agent
 from tunnel.ice.candidate import Base, Candidate, Kind, priority
 from tunnel.ice.check import Credentials
 from tunnel.ice.checklist import MAX_PAIRS
@@ -826,3 +826,154 @@ def test_what_is_routed_into_the_tunnel_later_is_left() -> None:
     agent.forbidden_changed([])
     agent.bases_changed(local_network(links), bases_of(links), START)
     assert len(agent.pairs()) == 2
+
+
+# probes: checks on what is no pair
+
+
+def test_an_answered_probe_makes_a_pair() -> None:
+    made = agent_with()
+    made.remote_candidates(1, [Candidate(PEER, Kind.SRFLX, 3, True)], START)
+    made.datagrams_to_send(START)
+    keys = [PathKey(BASE.address, Address(PEER.host, port)) for port in (50001, 50002, 50003)]
+    made.probe(keys, START + 1)
+    sent = made.datagrams_to_send(START + 1)
+    assert [key for key, _ in sent] == keys
+    assert not any(made.pair(key) for key in keys), "nothing is kept of them"
+    assert len(advance(made, START + 1, START + 2)) < 10, "nor are they repeated"
+    assert check.read_request(sent[1][1], THEIRS) is not None
+    answer(made, [sent[1]], START + 1.1)
+    [pair] = [pair for pair in made.pairs() if pair.state is WARM]
+    assert pair.key == keys[1] and made.direct == {keys[1]}
+    assert (pair.remote_rank, pair.metered) == (3, True), "as the peer says of that host"
+    assert made.stray() is None
+
+
+def test_a_forged_answer_to_a_probe_is_none() -> None:
+    made = agent_with()
+    key = PathKey(BASE.address, PEER)
+    made.probe([key], START)
+    [(_, request)] = made.datagrams_to_send(START)
+    transaction = check.transaction_id_of(request)
+    made.receive(
+        check.response(replace(THEIRS, local_password="x" * 22), transaction, PEER), key, 1
+    )
+    elsewhere = PathKey(BASE.address, PEER._replace(port=1))
+    answer(made, [(elsewhere, request)], START + 0.1)
+    assert not made.pairs() and made.stray() is None
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_what_comes_in_on_a_socket_that_is_no_base_is_told(asked: bool) -> None:
+    made = agent_with()
+    socket = replace(BASE, address=Address(BASE.address.host, 50001))
+    key = PathKey(socket.address, PEER)
+    made.probe([key], START)
+    [probe] = made.datagrams_to_send(START)
+    if asked:
+        ask(made, START + 0.1, key)
+        [(path, data)] = made.datagrams_to_send(START + 0.1)
+        assert path == key and check.username_of(data) is None, "it is answered, too"
+    else:
+        answer(made, [probe], START + 0.1)
+    assert made.stray() == key and made.stray() is None
+    assert not made.pairs()
+    link = uplink("a", 1)
+    made.bases_changed(local_network([link]), [*bases_of([link]), socket], START + 0.2)
+    made.socket_kept(key, START + 0.2)
+    answer(made, made.datagrams_to_send(START + 0.2), START + 0.3)
+    assert key in made.direct
+
+
+def test_the_kind_of_nat_goes_with_the_list() -> None:
+    made = agent_with()
+    events(made)
+    generation, _ = made.candidates()
+    made.hard_changed(True, START)
+    assert events(made) == [CandidatesChanged()]
+    assert made.hard and made.candidates()[0] > generation
+    made.hard_changed(True, START)
+    assert not events(made)
+    made.remote_candidates(2, [], START, hard=True)
+    made.remote_candidates(1, [], START, hard=False)  # late
+    assert made.peer_hard
+    made.remote_candidates(3, [], START)
+    assert made.peer_hard is None, "an older program, or not known any more"
+
+
+# before there is a session
+
+
+def word(count: int = 10) -> list[Candidate]:
+    """So many addresses that some have no check of the first ones."""
+    addresses = [Address(f"198.51.100.{n}", PORT) for n in range(1, count + 1)]
+    return [Candidate(address, Kind.HOST, 0, False) for address in addresses]
+
+
+def met(candidates: list[Candidate], *, fresh: bool, uplinks: int = 3) -> Agent:
+    made = Agent(rng=random.Random(1))
+    links = [uplink("a", number) for number in range(1, uplinks + 1)]
+    made.bases_changed(local_network(links), bases_of(links), START)
+    made.meet(OURS, 1, candidates, START, fresh=fresh)
+    return made
+
+
+def test_a_recording_is_worth_20_checks_however_often_it_comes() -> None:
+    agent = met(word(), fresh=False)
+    sent = advance(agent, START, START + 200)
+    agent.meet(OURS, 1, word(), START + 200, fresh=False)
+    agent.meet(OURS, 2, word(12), START + 201, fresh=False)
+    sent += advance(agent, START + 201, START + 400)
+    assert len(sent) == UNPROVEN_CHECKS
+    assert len(advance(met(word(), fresh=True), START, START + 200)) > 10 * UNPROVEN_CHECKS
+
+
+@pytest.mark.parametrize("late", [0.1, 0.5, 2.0, 30.0])
+@pytest.mark.parametrize("how", ["word", "check"])
+def test_what_was_withheld_is_asked_once_the_peer_is_there(late: float, how: str) -> None:
+    agent = met(word(), fresh=False)
+    asked = {key for _, key, _ in advance(agent, START, START + late)}
+    assert len(asked) == UNPROVEN_CHECKS
+    now = START + late
+    if how == "word":
+        agent.meet(OURS, 1, word(), now, fresh=True)
+    else:
+        ask(agent, now, PathKey(next(iter(asked)).local, word()[0].address))
+    withheld = {pair.key for pair in agent.pairs()} - asked
+    assert len(withheld) == 3 * 10 - UNPROVEN_CHECKS
+    assert withheld <= {key for _, key, _ in advance(agent, now, now + 0.3)}
+
+
+def test_an_answer_proves_the_peer() -> None:
+    agent = met(word(), fresh=False)
+    first = agent.datagrams_to_send(START)
+    answer(agent, first[:1], START + 0.02)
+    assert len(advance(agent, START + 0.02, START + 60)) > 10 * UNPROVEN_CHECKS
+
+
+def test_what_was_asked_counts_though_the_allowance_ends() -> None:
+    """20 to one address, and not another 20 because the word was confirmed."""
+    agent = met(word(1), fresh=False, uplinks=1)
+    advance(agent, START, START + 8)
+    agent.meet(OURS, 1, word(1), START + 8, fresh=True)
+    total = agent.counters["checks_sent"]
+    advance(agent, START + 8, START + 40)
+    assert agent.counters["checks_sent"] - total <= CHECKS_PER_ADDRESS
+    assert agent.counters["checks_sent"] <= CHECKS_PER_ADDRESS + 1
+
+
+def test_both_kinds_of_credentials_are_answered_side_by_side() -> None:
+    agent = met(word(1), fresh=True, uplinks=1)
+    session = Credentials("ours-session", "r" * 32, "them-session", "s" * 32)
+    agent.start(session, START + 1)
+    agent.datagrams_to_send(START + 1)
+    ask(agent, START + 1, PATH)
+    sent = agent.datagrams_to_send(START + 1)
+    assert any(check.username_of(data) is None for _, data in sent), "an answer"
+    assert all(
+        (name := check.username_of(data)) is None or name.startswith("them-session")
+        for _, data in sent
+    )
+    assert agent.answers_to("ours-session") and agent.answers_to(OURS.local_ufrag)
+    agent.stop()
+    assert not agent.answers_to("ours-session") and not agent.answers_to(OURS.local_ufrag)

@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable
 from dataclasses import replace
 
+import pytest
 from aioice import stun
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,6 +21,7 @@ from tunnel.ice.gather import (
     TRIES,
     Gatherer,
     MappedChanged,
+    Nat,
 )
 from tunnel.path.network import Address, LocalNetwork, PathKey
 
@@ -200,3 +202,85 @@ def test_who_waits_for_an_answer_asks_again_sooner() -> None:
         assert timer is not None
         waits.append(timer - NOW)
     assert waits[1] <= waits[0] / 4
+
+
+# what kind of NAT
+
+
+def hear(
+    made: Gatherer, now: float, *ports: int, other: Address | None = None
+) -> list[tuple[PathKey, bytes]]:
+    """Answer all that is asked now: the questions see these ports. What was asked."""
+    sent = [each for each in run(made, now, now + 0.05) if check.username_of(each[2]) is None]
+    for (_, key, data), port in zip(sent, ports, strict=False):
+        reply = stun.parse_message(answer(data, Address("203.0.113.1", port)))
+        if other is not None:
+            reply.attributes["OTHER-ADDRESS"] = tuple(other)
+        assert made.receive(bytes(reply), key, now)
+    return [(key, data) for _, key, data in sent]
+
+
+@pytest.mark.parametrize("hard", [False, True])
+def test_two_servers_tell_what_kind_of_nat(hard: bool) -> None:
+    made = gatherer(FIRST, SECOND)
+    assert made.nat() is None
+    hear(made, NOW, 40000, 40000 + hard)
+    assert made.nat() == Nat(HERE, hard)
+    assert made.mapped() == {HERE: OUTSIDE}
+    assert events(made) == 2
+
+
+@pytest.mark.parametrize("hard", [False, True])
+def test_one_server_is_enough_if_it_has_another_address(hard: bool) -> None:
+    made = gatherer(FIRST)
+    hear(made, NOW, 40000, other=SECOND)
+    assert made.nat() is None
+    [(key, _)] = hear(made, NOW + 0.1, 40000 + hard, other=FIRST)
+    assert key == PathKey(HERE, SECOND)
+    assert made.nat() == Nat(HERE, hard)
+    assert made.mapped() == {HERE: OUTSIDE}, "it only compares"
+    for number in range(1, 4):
+        [(key, _)] = hear(made, NOW + number * INTERVAL, 40000 + number, other=SECOND)
+        assert key.remote == FIRST, "the other one is asked once"
+    assert made.nat() == Nat(HERE, hard)
+
+
+def test_the_other_address_is_asked_once_also_when_it_is_silent() -> None:
+    made = gatherer(FIRST)
+    hear(made, NOW, 40000, other=SECOND)
+    sent = run(made, NOW, NOW + INTERVAL - 1)
+    assert [key.remote for _, key, _ in sent] == [SECOND] * TRIES
+    hear(made, NOW + INTERVAL, 40000, other=SECOND)
+    assert not run(made, NOW + INTERVAL, NOW + 2 * INTERVAL - 1)
+    assert made.nat() is None
+
+
+@pytest.mark.parametrize("other", [Address("127.0.0.1", 53), Address("2001:db8::1", 3478), FIRST])
+def test_another_address_that_is_none(other: Address) -> None:
+    made = gatherer(FIRST)
+    hear(made, NOW, 40000, other=other)
+    assert not run(made, NOW, NOW + INTERVAL - 1)
+
+
+def test_answers_of_different_moments_are_not_compared() -> None:
+    """A mapping that was not used for five minutes may be another one, and the NAT an easy one."""
+    made = gatherer(FIRST, SECOND)
+    hear(made, NOW, 40000, 40000)
+    [first, second] = run(made, NOW + INTERVAL, NOW + INTERVAL + 0.01)
+    for number, (_, key, data) in enumerate((first, second)):
+        made.receive(answer(data, Address("203.0.113.1", 41000)), key, NOW + INTERVAL + number)
+        assert made.nat() == Nat(HERE, False)
+
+
+def test_the_nat_of_the_best_base_that_is_known() -> None:
+    made = Gatherer(random.Random(1))
+    made.bases_changed(local_network([ONE, TWO]), bases_of([ONE, TWO]), NOW)
+    made.servers_resolved([FIRST, SECOND], NOW)
+    for _, key, data in run(made, NOW, NOW + 0.05):
+        port = 40000 + (key.remote == SECOND if key.local == THERE else 0)
+        made.receive(answer(data, Address("203.0.113.1", port)), key, NOW)
+    assert made.nat() == Nat(HERE, False)
+    made.bases_changed(local_network([TWO]), bases_of([TWO]), NOW + 1)
+    assert made.nat() == Nat(THERE, True)
+    made.bases_changed(local_network([]), [], NOW + 2)
+    assert made.nat() is None

@@ -312,6 +312,16 @@ def test_a_stale_nonce_is_replaced() -> None:
     assert net.server.count(stun.Method.CREATE_PERMISSION) == 1  # with the new one at once
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("size", [764, 65500])
+def test_a_nonce_that_no_request_could_carry(size: int, stream: bool) -> None:
+    net = Net(stream=stream)
+    net.server.nonce = b"n" * size
+    net.start().run(30)
+    assert ended(net).problem is Problem.NO_ANSWER
+    assert net.client.refused
+
+
 def test_a_server_for_which_every_nonce_is_stale() -> None:
     net = Net().ready()
 

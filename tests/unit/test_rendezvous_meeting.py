@@ -17,6 +17,7 @@ from tunnel.path.network import Address
 from tunnel.rendezvous.meeting import (
     ANSWERS_BURST,
     ASKS_BURST,
+    KEPT_NONCES,
     STRANGE_BURST,
     UNPROVEN_BURST,
     WORDS_BURST,
@@ -247,6 +248,20 @@ def test_the_answer_to_an_earlier_round_does_not_end_this_one() -> None:
     for message in answers(b, news):
         answers(a, message)
     assert (a.get_timer() or 0.0) > (again or 0.0)
+
+
+def test_an_answer_is_fresh_though_there_was_news_again_and_again() -> None:
+    """Candidates come one by one at the start, and some within the round trip of an offer."""
+    one, other = alice(), bob()
+    (reply,) = answers(other, ask(one, key_of(BOB)))
+    left = 0
+    for generation in range(2, 30):
+        now = NOW + 0.01 * generation
+        one.tell(key_of(BOB), offer(generation), now)
+        left += len(one.messages_to_send(now))
+    assert left < ASKS_BURST
+    one.receive(*reply, NOW + 0.3)
+    assert [event.fresh for event in offered(one)] == [True]
 
 
 def test_what_was_asked_before_the_broker_went_is_not_answered_after() -> None:
@@ -491,7 +506,7 @@ def test_memory_of_processes_is_bounded() -> None:
     (peer,) = b._peers.values()
     assert len(peer.heard) <= 8
     assert peer.boot_id in peer.heard  # never the one that is there
-    assert len(peer.nonces) <= 4
+    assert len(peer.nonces) <= KEPT_NONCES
     assert not b._events or len(b._events) < 10
 
 

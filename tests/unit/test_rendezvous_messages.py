@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from ipaddress import ip_network
 
 import msgspec
@@ -49,7 +50,12 @@ candidates = st.builds(
     Candidate, addresses, st.sampled_from(Kind), st.integers(0, 255), st.booleans()
 )
 offers = st.builds(
-    Offer, ice_chars, ice_chars, numbers, st.lists(candidates, max_size=MAX_CANDIDATES).map(tuple)
+    Offer,
+    ice_chars,
+    ice_chars,
+    numbers,
+    st.lists(candidates, max_size=MAX_CANDIDATES).map(tuple),
+    st.sampled_from([True, False, None]),
 )
 presences = st.text("abcdefghijklmnopqrstuvwxyz234567", min_size=26, max_size=26).map(
     "martlet/1/{}".format
@@ -112,7 +118,7 @@ def longest_word() -> Word:
     full = tuple(
         Candidate(Address(host, 65535 - n), Kind.RELAY, 255, False) for n in range(MAX_CANDIDATES)
     )
-    offer = Offer("u" * 64, "p" * 64, 2**63 - 1, full)
+    offer = Offer("u" * 64, "p" * 64, 2**63 - 1, full, True)
     nonce = bytes(16)
     return Word(nonce, 2**63 - 1, nonce, nonce, True, "martlet/1/" + "a" * 26, offer)
 
@@ -146,6 +152,13 @@ def test_an_unknown_field_is_skipped() -> None:
     assert decode(changed(encode(word), colour="red")) == word
 
 
+def test_what_is_not_known_of_a_nat_is_not_said() -> None:
+    """As older ends do not say it."""
+    word = longest_word()
+    unknown = replace(word, offer=replace(word.offer, hard=None))
+    assert fields(encode(word)).keys() - fields(encode(unknown)).keys() == {"hard"}
+
+
 @pytest.mark.parametrize(
     "values",
     [
@@ -168,6 +181,7 @@ def test_an_unknown_field_is_skipped() -> None:
         {"password": "\x1b[31m"},
         {"password": "ä" * 22},
         {"generation": 1.5},
+        {"hard": 1},
         {"candidates": None},
         {"candidates": [{"address": "192.0.2.1:1"}]},
         {

@@ -22,7 +22,7 @@ import uvloop
 
 from tests.fake_node import FakeNode
 from tests.turn_server import PASSWORD, RELAYED, USER
-from tests.unit.turn_loop import NETWORK, LoopServer
+from tests.unit.turn_loop import NETWORK, Client, LoopServer
 from tun.errors import TunError
 from tun.memory import MemoryTun
 from tunnel.config import Endpoint, PeerConfig, TurnConfig
@@ -36,8 +36,11 @@ from tunnel.events import (
     PeerRefused,
     PeerUp,
     PingReply,
+    PortUnwanted,
+    PortWanted,
     ResolveWanted,
 )
+from tunnel.ice import turn
 from tunnel.identity import Identity
 from tunnel.ledger import Migration, Trigger
 from tunnel.path.network import Address, LocalAddress, LocalNetwork, PathKey
@@ -269,6 +272,46 @@ def test_packets_pass_from_tun_to_tun_without_the_node() -> None:
     run(test)
 
 
+def test_a_relay_with_the_address_of_a_socket_of_ours_takes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(turn, "is_usable_remote", lambda host: True)
+
+    async def test(world: World) -> None:
+        server = await LoopServer().start()
+
+        def lie(client: Client) -> None:
+            client.server.ipv6 = False
+            client.server.relayed = world.local
+
+        server.prepare = lie
+        file = tmp_path / "password"
+        file.write_text(PASSWORD)
+        file.chmod(0o600)
+        url = f"turn:127.0.0.1:{server.port}?transport=udp"
+        world.turn(TurnConfig(url=url, username=USER, password_file=file))
+        world.monitor.network = NETWORK
+        try:
+            world.start()
+            await world.until(lambda: world.node.named("relays_changed"))
+            assert world.node.named("relays_changed")[0][0][0].address == world.local
+            world.node.echo = True
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as other:
+                other.bind(("127.0.0.1", 0))
+                other.setblocking(False)
+                other.sendto(b"a", world.local)
+                async with asyncio.timeout(5):
+                    assert await asyncio.get_running_loop().sock_recv(other, 9) == b"a"
+                assert world.node.named("send_failed") == []
+                peer, _ = world.join()
+                assert await world.carried(peer, 1) == packet(1)
+            assert not any(c.server.sent or c.server.dropped for c in server.clients)
+        finally:
+            server.stop()
+
+    run(test)
+
+
 @pytest.mark.parametrize("transport", ["udp", "tcp"])
 def test_a_relay_is_a_path_like_any_other(transport: str, tmp_path: Path) -> None:
     """Packets, and the datagrams of the node, from behind a TURN server to a peer and back."""
@@ -278,6 +321,7 @@ def test_a_relay_is_a_path_like_any_other(transport: str, tmp_path: Path) -> Non
         server.prepare = lambda client: setattr(client.server, "ipv6", False)
         file = tmp_path / "password"
         file.write_text(PASSWORD)
+        file.chmod(0o600)
         url = f"turn:127.0.0.1:{server.port}?transport={transport}"
         world.turn(TurnConfig(url=url, username=USER, password_file=file))
         world.monitor.network = NETWORK
@@ -677,6 +721,29 @@ def test_names_are_resolved_and_pings_answered() -> None:
         world.node.events.append(PingReply("office", token + 1, 0.7))
         world.driver._turn(lambda now: None)
         assert got == [0.5]
+
+    run(test)
+
+
+@pytest.mark.parametrize("spread", [True, False])
+def test_further_sockets_come_and_go(spread: bool) -> None:
+    async def test(world: World) -> None:
+        world.start()
+        world.node.events.append(PortWanted("127.0.0.1", spread=spread))
+        world.driver._turn(lambda now: None)
+        await world.until(lambda: world.node.named("port_opened"))
+        [(local, told)] = world.node.named("port_opened")
+        assert told == spread and local.host == "127.0.0.1"
+        with socket.socket(type=socket.SOCK_DGRAM) as other:
+            other.bind(("127.0.0.1", 0))
+            other.sendto(b"x", local)
+            await world.until(lambda: world.node.named("receive_datagram"))
+            [(_, path)] = world.node.named("receive_datagram")
+            assert path == PathKey(local, Address(*other.getsockname()))
+        world.node.events.append(PortUnwanted(local))
+        world.driver._turn(lambda now: None)
+        with socket.socket(type=socket.SOCK_DGRAM) as other:
+            other.bind(local)  # it is free again
 
     run(test)
 

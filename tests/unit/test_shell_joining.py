@@ -28,7 +28,7 @@ from tunnel.rendezvous.invite import (
     Welcomed,
     Wishes,
 )
-from tunnel.shell import joining
+from tunnel.shell import clock, joining
 from tunnel.shell.joining import refused
 
 HOME, LAPTOP = Identity.generate(), Identity.generate()
@@ -223,6 +223,42 @@ def test_nobody_answers(broker: MemoryBroker, monkeypatch: pytest.MonkeyPatch) -
         with pytest.raises(UnreachableError, match="nobody answers this invite; is `martlet inv"):
             await join(code, mine)
         assert mine.said == ["unanswered"]
+
+    run(main())
+
+
+@pytest.mark.parametrize("down", [True, False])
+def test_a_broker_that_comes_and_goes_is_not_waited_for_without_end(
+    broker: MemoryBroker, monkeypatch: pytest.MonkeyPatch, down: bool
+) -> None:
+    monkeypatch.setattr(joining, "BROKER_PATIENCE", 0.3)
+    monkeypatch.setattr(joining, "ANSWER_PATIENCE", 0.2)
+
+    async def main() -> None:
+        code = InviteCode(HOME.public_key.raw, bytes(16), MEETING.url)
+        joined = asyncio.ensure_future(join(str(code)))
+        while not broker.published:
+            await asyncio.sleep(0.005)
+        while not joined.done():
+            broker.up = not down and not broker.up
+            await asyncio.sleep(0.04)
+        await joined
+
+    expected = "no broker could be reached" if down else "no broker could be|nobody answers"
+    with pytest.raises(UnreachableError, match=expected):
+        run(main())
+
+
+def test_an_invitation_expires_while_the_host_sleeps(
+    broker: MemoryBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> None:
+        watching = Watching()
+        invited = inviting(watching)
+        await watching.code
+        awake = clock.now
+        monkeypatch.setattr(clock, "now", lambda: awake() + exchange.LIFETIME)
+        assert await asyncio.wait_for(invited, 5) == Burnt(Reason.EXPIRED)
 
     run(main())
 

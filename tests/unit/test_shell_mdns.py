@@ -262,6 +262,23 @@ def test_no_more_services_than_that_are_looked_at(zeroconf: type[FakeZeroconf]) 
     run(test)
 
 
+def test_names_of_nobody_make_room(zeroconf: type[FakeZeroconf]) -> None:
+    async def test(world: World) -> None:
+        await world.go(ETH)
+        (eth,) = zeroconf.made
+        await world.announce(eth, "first", "192.0.2.6")
+        for number in range(2 * MAX_SERVICES):
+            eth.changed(f"noise{number}", ServiceStateChange.Added)
+            await asyncio.sleep(0)
+        await world.turn()
+        await world.announce(eth, "second", "192.0.2.7", by=C)
+        assert [peer for peer, _ in world.told] == ["b", "c"]
+        (station,) = world.discovery._stations.values()
+        assert len(station._seen) == MAX_SERVICES and {"first", "second"} <= {*station._seen}
+
+    run(test)
+
+
 def test_a_changed_network_is_told_again_what_stays(zeroconf: type[FakeZeroconf]) -> None:
     """The node forgets with every change; an interface that stays keeps its station."""
 

@@ -381,6 +381,44 @@ def test_a_broker_that_accepts_and_hangs_up_is_not_hammered() -> None:
     run(main())
 
 
+def test_a_broker_that_acknowledges_nothing_is_not_hammered() -> None:
+    """Or so late that each connection was given up before."""
+
+    async def forgetful(connection: Connection) -> None:
+        async for kind, body in connection.packets():
+            if kind != PUBLISH:
+                connection.answer(kind, body)
+
+    async def main() -> None:
+        async with Broker(forgetful) as broker, Ends(broker.url, greet=b"hello"):
+            await asyncio.sleep(4)
+            # Each is doubted after 0.25 s; the next waits for 0.1, 0.2, 0.4, 0.8 s at the least.
+            assert 2 <= len(broker.connections) <= 6
+
+    run(main())
+
+
+def test_refused_subscriptions_are_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    async def no(connection: Connection) -> None:
+        async for kind, body in connection.packets():
+            if kind == SUBSCRIBE:
+                connection.send((b"\x90\x03" + body[:2] + b"\x80") * 100)
+                connection.deliver(TOPIC, b"end")
+            else:
+                connection.answer(kind, body)
+
+    async def main() -> None:
+        async with Broker(no) as broker:
+            ends = Ends(broker.url)
+            ends.signaller.subscribe(frozenset([TOPIC]))
+            async with ends:
+                await until(lambda: ends.received)
+
+    run(main())
+    told = [record for record in caplog.records if "refuses a subscription" in record.message]
+    assert len(told) == 1
+
+
 def test_a_broker_that_wants_silence_until_connack_gets_it_the_next_time() -> None:
     async def strict(connection: Connection) -> None:
         async for kind, body in connection.packets():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import os
 import socket
 import ssl
 import struct
@@ -173,6 +174,7 @@ def run(
     async def main() -> None:
         password = tmp_path / "password"
         password.write_text("swallow\n")
+        password.chmod(0o600)
         server = LoopServer()
         server.prepare = only_ipv4
         await server.start(context)
@@ -272,6 +274,56 @@ def test_before_there_is_a_channel_the_engines_packets_go_as_indications(tmp_pat
     run(tmp_path, test)
 
 
+@pytest.mark.parametrize("transport", ["udp", "tcp"])
+def test_an_empty_datagram_is_nothing(tmp_path: Path, transport: str) -> None:
+    async def test(world: World) -> None:
+        def spoil(client: Client) -> None:
+            only_ipv4(client)
+            client.server.errors[stun.Method.CHANNEL_BIND] = 508
+
+        failures: list[dict[str, Any]] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, how: failures.append(how))
+        world.server.prepare = spoil
+        world.begin(world.url(transport))
+        client = await world.relayed()
+        assert world.relays.socket_of(KEY) is not None
+        world.relays.send(KEY, CHECK)
+        await world.until(lambda: client.server.sent)
+        for data in (b"", b"\xc0answer"):
+            message = client.server.from_peer(PEER, data)
+            assert message is not None
+            client.write(message)
+        await world.until(lambda: world.received)
+        await asyncio.sleep(0.05)
+        assert world.received == [(b"\xc0answer", KEY)]
+        assert failures == []
+
+    run(tmp_path, test)
+
+
+def test_what_fails_to_be_delivered_from_a_stream_is_not_delivered_again(tmp_path: Path) -> None:
+    async def test(world: World) -> None:
+        failures: list[dict[str, Any]] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, how: failures.append(how))
+        world.begin(world.url("tcp"))
+        client = await world.relayed()
+        world.relays.send(KEY, CHECK)
+        await world.until(lambda: client.server.sent)
+        world.relays.received = lambda raw: [][0]  # a bug
+        message = client.server.from_peer(PEER, b"\xc0one")
+        assert message is not None
+        client.write(message)
+        await world.until(lambda: failures)
+        world.relays.received = world.received.extend
+        message = client.server.from_peer(PEER, b"\xc0two")
+        assert message is not None
+        client.write(message)
+        await world.until(lambda: world.received)
+        assert world.received == [(b"\xc0two", KEY)]
+
+    run(tmp_path, test)
+
+
 def test_tcp_where_udp_is_blocked(tmp_path: Path) -> None:
     async def test(world: World) -> None:
         world.server.deaf = True
@@ -345,7 +397,24 @@ def test_a_password_file_that_is_not_there(tmp_path: Path) -> None:
         world.password.unlink()
         world.begin()
         await world.until(lambda: world.rows(state="failed"))
-        assert "cannot read the password file: No such file" in world.rows()[0]["error"]
+        assert "there is no such password file" in world.rows()[0]["error"]
+        assert world.server.clients == []
+
+    run(tmp_path, test)
+
+
+def test_a_password_file_that_others_may_read_or_that_is_none(tmp_path: Path) -> None:
+    async def test(world: World) -> None:
+        world.password.chmod(0o644)
+        world.begin()
+        await world.until(lambda: world.rows(state="failed"))
+        assert "others may read this password" in world.rows()[0]["error"]
+        world.relays.close()
+        world.password.unlink()
+        os.mkfifo(world.password, 0o600)  # reading it would wait for ever
+        world.begin()
+        await world.until(lambda: world.rows(state="failed"))
+        assert "not a regular file" in world.rows()[0]["error"]
         assert world.server.clients == []
 
     run(tmp_path, test)
@@ -500,22 +569,6 @@ def test_what_is_no_turn_server(tmp_path: Path) -> None:
             world.relays.close()
             await asyncio.sleep(0.05)
             other.close()
-
-    run(tmp_path, test)
-
-
-def test_an_empty_datagram_is_nothing(tmp_path: Path) -> None:
-    async def test(world: World) -> None:
-        world.begin()
-        client = await world.relayed()
-        world.relays.send(KEY, CHECK)
-        await world.until(lambda: client.server.sent)
-        for payload in (b"", b"\0something"):
-            answer = client.server.from_peer(PEER, payload)
-            assert answer is not None
-            client.write(answer)
-        await world.until(lambda: world.received)
-        assert world.received == [(b"\0something", KEY)]
 
     run(tmp_path, test)
 

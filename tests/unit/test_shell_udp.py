@@ -280,3 +280,27 @@ def test_device_for(
         tuple(Route(net, name, 0) for net, name in routes),  # type: ignore[arg-type]
     )
     assert device_for("192.0.2.1", known) == device
+
+
+@pytest.mark.parametrize("many", [True, False])
+def test_further_sockets_and_what_is_said_of_them(
+    monkeypatch: pytest.MonkeyPatch, many: bool
+) -> None:
+    said: list[tuple[str, str]] = []
+
+    class Recorder:
+        def __getattr__(self, level: str) -> Callable[..., None]:
+            return lambda event, **fields: said.append((level, event))
+
+    sockets = UdpSockets(0, lambda opened: None, lambda closed: None)
+    sockets.sync(network("127.0.0.1"))
+    monkeypatch.setattr(udp, "_log", Recorder())
+    local = sockets.open_extra("127.0.0.1", many=many)
+    assert local is not None and local in {each.local for each in sockets}
+    sockets.close_extra(local)
+    sockets.close_extra(local)  # again: nothing
+    assert local not in {each.local for each in sockets}
+    level = "debug" if many else "info"
+    assert said == [(level, "socket opened"), (level, "socket closed")]
+    assert sockets.open_extra("127.0.0.9", many=many) is None
+    sockets.close()

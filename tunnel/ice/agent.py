@@ -12,6 +12,8 @@ peer asks. Which pair carries the traffic is decided elsewhere, and QUIC judges 
 - At most 8 warm pairs are asked every second while traffic flows; all others every 15 s, which
   keeps the NAT's mapping. A lost check is repeated after its own timeout; 3 make the pair fail.
 - Whatever fails is tried again (`pair.retry_delay`), at once when the network changes.
+- Checks can be sent on what is no pair (`probe`), many at once: an authentic answer makes it one.
+  `tunnel.probing` knows when that is of use.
 
 Its credentials come from the session (the TLS exporter), or, before there is one, from what both
 ends told each other by way of the rendezvous (`meet`). Both sets are answered side by side; those
@@ -37,9 +39,11 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from tunnel.config import IPNetwork
 from tunnel.ice import check
 from tunnel.ice.candidate import (
+    MAX_RANK,
     Base,
     Candidate,
     Kind,
+    is_private,
     kind_in,
     priority,
     rank_in,
@@ -79,6 +83,13 @@ class Agent:
         self._meeting: Credentials | None = None
         self._allowance: int | None = None
         """Checks left on unproven word of the peer; None: no limit."""
+        self.peer_hard: bool | None = None
+        """Whether the peer says that its NAT maps each destination to another port."""
+        self.heard_at: float | None = None
+        """When the peer certainly said something, here or by the rendezvous."""
+        self._stray: PathKey | None = None
+        self._withheld: set[PathKey] = set()
+        """Pairs whose turn came when there were none left."""
         self._network = LocalNetwork()
         self._bases: dict[Address, Base] = {}
         self._out: list[tuple[PathKey, bytes]] = []
@@ -127,6 +138,7 @@ class Agent:
         if credentials != self._session:
             self._heard = Heard()
         self._session = credentials
+        self.heard_at = now
         self._begin(now)
         self._events.append(CandidatesChanged())
 
@@ -138,6 +150,7 @@ class Agent:
         now: float,
         *,
         fresh: bool,
+        hard: bool | None = None,
     ) -> None:
         """The peer's word by way of the rendezvous: its credentials and its full list.
 
@@ -149,13 +162,23 @@ class Agent:
             self._allowance = None if fresh else UNPROVEN_CHECKS
             if self._session is None:
                 self._heard = Heard()
+                self.heard_at = None
                 self._begin(now)
         elif fresh:
-            self._allowance = None
-        self.remote_candidates(generation, candidates, now)
+            self._proven()
+        if fresh:
+            self.heard_at = now
+        self.remote_candidates(generation, candidates, now, hard=hard)
+
+    def _proven(self) -> None:
+        """The peer is there, certainly: its word is worth all checks."""
+        self._allowance = None
+        withheld, self._withheld = self._withheld, set()
+        self._list.ask_withheld(withheld)
 
     def _begin(self, now: float) -> None:
         self._out.clear()
+        self._withheld.clear()
         self._remotes.new_session()
         self._remotes.network_changed(now)
         self._list.new_session()
@@ -204,6 +227,12 @@ class Agent:
         self._own.mapped_changed({b: a for b, a in mapped.items() if b in self._bases})
         self._refresh_own()
 
+    def hard_changed(self, hard: bool | None, now: float) -> None:
+        """Whether our NAT maps each destination to another port; the peer is told."""
+        if hard != self._own.hard:
+            self._own.hard_changed(hard)
+            self._events.append(CandidatesChanged())
+
     def observed(self, local: Address, address: Address, now: float) -> None:
         """The peer says that packets from this base come from there."""
         if local in self._bases:
@@ -211,7 +240,12 @@ class Agent:
             self._refresh_own()
 
     def remote_candidates(
-        self, generation: int, candidates: Sequence[Candidate], now: float
+        self,
+        generation: int,
+        candidates: Sequence[Candidate],
+        now: float,
+        *,
+        hard: bool | None = None,
     ) -> None:
         """The peer's full list. An older one than was seen, or the same again, is ignored.
 
@@ -220,6 +254,7 @@ class Agent:
         """
         if generation <= self._remotes.generation:
             return
+        self.peer_hard = hard
         before = {remote.address for remote in self._remotes}
         self._remotes.name(generation, candidates, self._list.standing(), now)
         self._list.rebuild()
@@ -274,7 +309,8 @@ class Agent:
         if fresh is Freshness.OLD or not bucket.take(now):
             return
         self.counters["checks_received"] += 1
-        self._allowance = None
+        self._proven()
+        self.heard_at = now
         if path not in self._list.pairs and path.local in self._bases:
             rank, metered = rank_in(asked)
             self._remotes.see(
@@ -285,6 +321,7 @@ class Agent:
         if pair is None or pair.answers.take(now):
             self._send(path, check.response(credentials, transaction, path.remote))
         if pair is None:
+            self._stray = path
             return
         pair.heard = True
         pair.remote.heard_at = now
@@ -295,19 +332,33 @@ class Agent:
     def _receive_response(self, data: bytes, path: PathKey, now: float) -> None:
         transaction = check.transaction_id_of(data)
         asked_at = self._list.transactions.asked_at(transaction, path)
-        pair = self._list.pairs.get(path)
         read = (check.read_response(data, credentials) for credentials in self._valid)
         mapped = next(filter(None, read), None)
-        if mapped is None or asked_at is None or pair is None:
+        if mapped is None or asked_at is None:
             self.counters["refused"] += 1
             return
         self._list.transactions.close(transaction)
         self.counters["checks_answered"] += 1
-        self._allowance = None
+        self._proven()
+        self.heard_at = now
+        pair = self._list.pairs.get(path) or self._found(path, now)
+        if pair is None:
+            self._stray = path
+            return
         known = pair.warm and pair.mapped == mapped
         self._list.answered(pair, mapped, asked_at, now)
         if not known:
             self._refresh_own()
+
+    def _found(self, path: PathKey, now: float) -> LivePair | None:
+        """The peer is there, as a message on this path proved, which is no pair so far."""
+        if path.local in self._bases:
+            alike = [r for r in self._remotes if r.address.host == path.remote.host]
+            rank = min((r.rank for r in alike), default=MAX_RANK)
+            metered = any(r.metered for r in alike)
+            self._remotes.see(path.remote, rank, metered, self._list.standing(), now)
+            self._list.rebuild(heard=path)
+        return self._list.pairs.get(path)
 
     def send_failed(self, path: PathKey, now: float) -> None:
         """The socket refused: true now, and maybe not for long."""
@@ -326,6 +377,18 @@ class Agent:
         if self.running:
             self._list.check_now(now, keys)
 
+    def probe(self, keys: Iterable[PathKey], now: float) -> None:
+        """Send a check on each of these, which need be no pairs."""
+        for key in keys:
+            base = self._bases.get(key.local)
+            rank, metered = (base.rank, base.metered) if base is not None else (0, False)
+            self._ask(key, self._list.transactions.open(key, now), Kind.PRFLX, rank, metered)
+
+    def socket_kept(self, key: PathKey, now: float) -> None:
+        """The socket that this `stray` came in on is a base by now."""
+        if self._found(key, now) is not None:
+            self.check_now(now, [key])
+
     def busy(self, busy: bool) -> None:
         """Whether traffic flows: then warm pairs are asked every second."""
         self._list.busy = busy
@@ -335,6 +398,35 @@ class Agent:
         self._list.keep(keys)
 
     # drains
+
+    def stray(self) -> PathKey | None:
+        """Where an authentic message came in since this was asked last, on a socket that is none of
+        the bases."""
+        stray, self._stray = self._stray, None
+        return stray
+
+    @property
+    def hard(self) -> bool | None:
+        """For the peer, beside `candidates`."""
+        return self._own.hard
+
+    @property
+    def direct(self) -> set[PathKey]:
+        """Pairs that are warm without a relay."""
+        warm = (pair for pair in self._list.pairs.values() if pair.warm)
+        return {pair.key for pair in warm if pair.kind is not Kind.RELAY}
+
+    @property
+    def peer_outside(self) -> list[Address]:
+        """Where the peer says that others see it, the best first."""
+        seen = (remote for remote in self._remotes if remote.kind is Kind.SRFLX)
+        public = [remote for remote in seen if not is_private(remote.address.host)]
+        return [remote.address for remote in sorted(public, key=lambda remote: remote.rank)]
+
+    @property
+    def peer_boot(self) -> str:
+        """Another one for each process of the peer that is met by the rendezvous."""
+        return "" if self._meeting is None else self._meeting.remote_ufrag
 
     def pairs(self) -> list[Pair]:
         """All, in the order they are asked in."""
@@ -364,18 +456,25 @@ class Agent:
         out, self._out = self._out, []
         return out
 
-    def _send_check(self, pair: LivePair, transaction: bytes) -> None:
+    def _send_check(self, pair: LivePair, transaction: bytes) -> bool:
+        kind = Kind.RELAY if pair.base.relay else Kind.PRFLX
+        sent = self._ask(pair.key, transaction, kind, pair.base.rank, pair.base.metered)
+        if not sent and self.running:
+            self._withheld.add(pair.key)
+        return sent
+
+    def _ask(self, key: PathKey, transaction: bytes, kind: Kind, rank: int, metered: bool) -> bool:
+        """False where it is not to be asked now."""
         credentials = self._asking
         if credentials is None:
-            return
+            return False
         if self._session is None and self._allowance is not None:
             if not self._allowance:
-                return
+                return False
             self._allowance -= 1
-        kind = Kind.RELAY if pair.base.relay else Kind.PRFLX
-        wanted = priority(kind, pair.base.rank, pair.base.metered)
         self.counters["checks_sent"] += 1
-        self._send(pair.key, check.request(credentials, transaction, wanted))
+        self._send(key, check.request(credentials, transaction, priority(kind, rank, metered)))
+        return True
 
     def _send(self, path: PathKey, data: bytes) -> None:
         self.counters["bytes_sent"] += len(data)

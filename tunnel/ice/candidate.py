@@ -113,10 +113,11 @@ def relay_reaches(relay: Address, remote: Address) -> bool:
     """
     if relay.is_ipv6 != remote.is_ipv6 or relay == remote:
         return False
-    return _is_private(relay.host) or not _is_private(remote.host)
+    return is_private(relay.host) or not is_private(remote.host)
 
 
-def _is_private(host: str) -> bool:
+def is_private(host: str) -> bool:
+    """RFC 1918, RFC 4193, RFC 6598."""
     ip = ip_address(host)
     return any(ip in network for network in _PRIVATE)
 

@@ -46,10 +46,10 @@ class CheckList:
         remotes: Remotes,
         *,
         rng: random.Random,
-        send: Callable[[LivePair, bytes], None],
+        send: Callable[[LivePair, bytes], bool],
         emit: Callable[[AgentEvent], None],
     ) -> None:
-        """`send` makes a check of this pair and transaction, and sends it."""
+        """`send` makes a check of this pair and transaction, and sends it; False: it did not."""
         self.pairs: dict[PathKey, LivePair] = {}
         self.transactions = Transactions(rng.randbytes)
         self.busy = False
@@ -121,6 +121,12 @@ class CheckList:
                 and pair.key.remote in addresses
                 and pair.remote.unanswered < CHECKS_PER_ADDRESS
             ):
+                pair.wait(CHECKS_PER_ADDRESS)
+
+    def ask_withheld(self, keys: Collection[PathKey]) -> None:
+        """Checks of these pairs were not sent: now they are to be."""
+        for pair in [self.pairs[key] for key in keys if key in self.pairs]:
+            if not pair.warm:
                 pair.wait(CHECKS_PER_ADDRESS)
 
     def retry_configured(self, now: float) -> None:
@@ -228,11 +234,10 @@ class CheckList:
             if pair.state is not PairState.WAITING:
                 pair.ask_at = pair.asks.ready_at()
             return
-        if not pair.warm:
-            pair.remote.unanswered += 1
         transaction = self.transactions.open(pair.key, now)
         pair.asked(timeout(pair, self._slowest()), now)
-        self._send(pair, transaction)
+        if self._send(pair, transaction) and not pair.warm:
+            pair.remote.unanswered += 1
 
     def _slowest(self) -> LivePair | None:
         measured = [pair for pair in self.pairs.values() if pair.rtt is not None]

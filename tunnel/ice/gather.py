@@ -5,7 +5,11 @@ and every 20 s while `busy`: while a peer is to be met through a NAT, the mappin
 must stay alive, and before there are pairs nothing else keeps it so; and an answer that was lost
 is asked for again sooner. Whoever knows that sets `busy`; there is no other rule. Where servers
 disagree, the first in the list that answered is believed: a NAT that maps each destination to
-another port has no address to tell anyway.
+another port (a *hard* one) has no address to tell anyway.
+
+That they disagree is how a hard NAT is known, from answers of one moment: a mapping may be another
+one later. Where one server alone answers, its other address (RFC 5780 section 7.4), if it tells
+one, is asked as well, once for each base.
 
 Cost: 28 bytes a question (UDP payload), about as many an answer.
 """
@@ -34,11 +38,21 @@ BUSY_INTERVAL = 20.0
 """Seconds: few NATs forget a UDP mapping sooner (RFC 4787 section 4.3 asks for 2 minutes)."""
 PACE = 0.005  # seconds between the first questions, as between first checks
 MAX_SERVERS = 4
+ONE_MOMENT = 10.0
+"""Seconds in which a mapping stays what it is: shorter than NATs keep those that are not used."""
 
 
 @dataclass(frozen=True, slots=True)
 class MappedChanged:
-    """`Gatherer.mapped()` is another now."""
+    """`Gatherer.mapped()` or `Gatherer.nat()` is another now."""
+
+
+@dataclass(frozen=True, slots=True)
+class Nat:
+    """What is in front of a base: `hard`, if each destination sees another mapping."""
+
+    base: Address
+    hard: bool
 
 
 @dataclass(slots=True)
@@ -55,6 +69,9 @@ class _Question:
     asked_at: float = 0.0
     """When the last round began."""
     answer: Address | None = None
+    answered_at: float = 0.0
+    once: bool = False
+    """For the sake of comparison: the answer tells no address."""
 
 
 class Gatherer:
@@ -68,6 +85,9 @@ class Gatherer:
         self._questions: dict[PathKey, _Question] = {}
         self._busy = False
         self._mapped: dict[Address, Address] = {}
+        self._hard: dict[Address, bool] = {}
+        self._compared: set[Address] = set()  # bases that an other address was asked from
+        self._nat: Nat | None = None
         self._out: list[tuple[PathKey, bytes]] = []
         self._events: deque[MappedChanged] = deque()
 
@@ -100,6 +120,7 @@ class Gatherer:
 
     def again(self, now: float) -> None:
         """Ask all now: the network changed in some way that no address shows."""
+        self._compared.clear()
         self._begin(self._questions.values(), now)
 
     def receive(self, data: bytes, path: PathKey, now: float) -> bool:
@@ -113,17 +134,20 @@ class Gatherer:
             return False
         mapped = check.read_server_response(data)
         if mapped is not None:  # an error response is as good as none
-            self._end(question, mapped)
+            self._end(question, mapped, now)
+            self._compare(question, check.read_other_address(data), now)
+            self._refresh()
         return True
 
     def handle_timer(self, now: float) -> None:
         idle = [q for q in self._questions.values() if not q.transaction]
         self._begin([question for question in idle if self._due(question) <= now], now)
-        for question in self._questions.values():
+        for question in list(self._questions.values()):
             if not question.transaction or question.due > now:
                 continue
             if question.tries == TRIES:
-                self._end(question, None)
+                self._end(question, None, now)
+                self._refresh()
                 continue
             wait = (BUSY_RTO if self._busy else FIRST_RTO) * 2**question.tries
             question.tries += 1
@@ -136,6 +160,10 @@ class Gatherer:
     def mapped(self) -> dict[Address, Address]:
         """By base, the address it has outside."""
         return dict(self._mapped)
+
+    def nat(self) -> Nat | None:
+        """In front of the best base whose NAT is known; of IPv4, as IPv6 has none."""
+        return self._nat
 
     def get_timer(self) -> float | None:
         return min(map(self._due, self._questions.values()), default=None)
@@ -161,12 +189,17 @@ class Gatherer:
                     if key not in self._questions:
                         new.append(_Question(key))
                     questions[key] = self._questions.get(key) or new[-1]
+        questions |= {k: q for k, q in self._questions.items() if q.once and k.local in self._bases}
         self._questions = questions
+        self._hard = {base: hard for base, hard in self._hard.items() if base in self._bases}
+        self._compared &= self._bases.keys()
         self._begin(new, now)
         self._refresh()
 
     def _forget(self, base: Address) -> None:
         self._questions = {k: q for k, q in self._questions.items() if k.local != base}
+        self._hard.pop(base, None)
+        self._compared.discard(base)
 
     def _begin(self, questions: Iterable[_Question], now: float) -> None:
         for number, question in enumerate(questions):
@@ -179,16 +212,44 @@ class Gatherer:
         interval = BUSY_INTERVAL if self._busy else INTERVAL
         return question.due if question.transaction else question.asked_at + interval
 
-    def _end(self, question: _Question, answer: Address | None) -> None:
+    def _end(self, question: _Question, answer: Address | None, now: float) -> None:
         question.transaction = b""
         question.answer = answer
-        self._refresh()
+        question.answered_at = now
+        if question.once:
+            del self._questions[question.key]
+
+    def _compare(self, question: _Question, other: Address | None, now: float) -> None:
+        """An answer came. Is it that of the others?"""
+        base = question.key.local
+        answers = {
+            each.answer
+            for each in self._questions.values()
+            if each is not question
+            and each.key.local == base
+            and each.answer is not None
+            and now - each.answered_at < ONE_MOMENT
+        }
+        if answers:
+            self._hard[base] = answers != {question.answer}
+        elif other is not None and base not in self._compared and is_usable_remote(other.host):
+            key = PathKey(base, other)
+            self._compared.add(base)
+            if other.is_ipv6 == base.is_ipv6 and key not in self._questions:
+                self._questions[key] = _Question(key, once=True)
+                self._begin([self._questions[key]], now)
 
     def _refresh(self) -> None:
         mapped: dict[Address, Address] = {}
         for key, question in self._questions.items():  # in the order of the servers
-            if question.answer is not None:
+            if question.answer is not None and not question.once:
                 mapped.setdefault(key.local, question.answer)
-        if mapped != self._mapped:
-            self._mapped = mapped
+        known = [
+            (base.rank, base.address)
+            for base in self._bases.values()
+            if base.address in self._hard and not base.address.is_ipv6
+        ]
+        nat = Nat(min(known)[1], self._hard[min(known)[1]]) if known else None
+        if (mapped, nat) != (self._mapped, self._nat):
+            self._mapped, self._nat = mapped, nat
             self._events.append(MappedChanged())

@@ -33,6 +33,8 @@ class OwnCandidates:
     def __init__(self, advertise: Sequence[Address], forbidden: Sequence[IPNetwork]) -> None:
         self.generation = 0
         self.told: tuple[Candidate, ...] = ()
+        self.hard: bool | None = None
+        """Whether the NAT before them maps each destination to another port. Goes with the list."""
         self._advertise = tuple(advertise)
         self._forbidden = tuple(forbidden)
         self._mapped: dict[Address, Address] = {}
@@ -49,6 +51,10 @@ class OwnCandidates:
 
     def reflexive_changed(self, mapped: Mapping[Address, Address]) -> None:
         self._reflexive = dict(mapped)
+
+    def hard_changed(self, hard: bool | None) -> None:
+        self.generation += hard != self.hard
+        self.hard = hard
 
     def observed(self, local: Address, address: Address) -> None:
         self._observed[local] = address

@@ -68,6 +68,9 @@ MAX_NONCE = 763
 """Bytes of a nonce or a realm (RFC 8489 sections 14.9, 14.10): both come back in every request."""
 STALE_LIMIT = 3
 """Nonces that a server may call stale in a row."""
+MAX_CHALLENGE = 763
+"""Bytes of a nonce or a realm (RFC 8489 sections 14.9 and 14.10): each comes back in all requests,
+and a longer one might not fit."""
 QUIET = 20.0
 """Seconds without a word of the server after which it is asked; also what keeps a NAT's mapping."""
 DOUBT = 2.0
@@ -325,6 +328,10 @@ class Allocation:
             self.refused += 1
             return
         if code in (401, 438) and "NONCE" in message.attributes:
+            realm, nonce = message.attributes.get("REALM", ""), message.attributes["NONCE"]
+            if max(len(realm.encode()), len(nonce)) > MAX_CHALLENGE:
+                self.refused += 1
+                return
             self._challenged(message, asked, code, now)
             return
         signed = self._key is not None and message.check_message_integrity(self._key)

@@ -61,7 +61,9 @@ NONCE_AGE = 30.0
 NONCE_LIFE = 120.0
 """...and after which its echo proves nothing: a broker can hold a word back for as long, and
 addresses that were true two minutes ago are worth a check."""
-KEPT_NONCES = 4
+KEPT_NONCES = 8
+"""Of ours: more than leave before an answer can be there, when there is something new to tell again
+and again."""
 KEPT_BOOTS = 8
 """Processes of a peer whose latest numbers are remembered."""
 
@@ -110,6 +112,8 @@ class _Nonce:
     made_at: float
     boot_id: bytes = b""
     """Of the process that echoed it first."""
+    said: bool = False
+    """Whether it ever left."""
 
 
 @dataclass(slots=True)
@@ -323,6 +327,8 @@ class Meeting:
         peer.say_at = now if peer.outgoing else None
 
     def _renew(self, peer: _Peer, now: float) -> None:
+        if peer.nonces and not peer.nonces[-1].said:
+            peer.nonces.pop()  # nobody knows it, and it would crowd out one that is on its way
         peer.nonces.append(_Nonce(self._rng.randbytes(NONCE_LENGTH), now))
 
     def _speak(self, peer: _Peer, now: float) -> None:
@@ -350,6 +356,7 @@ class Meeting:
             pause = LAST_PAUSE if not peer.present else peer.pause
             peer.pause = min(2 * peer.pause, LAST_PAUSE)
             peer.say_at = now + pause * (0.9 + 0.2 * self._rng.random())
+        peer.nonces[-1].said = True
         self._sequence += 1
         word = Word(
             boot_id=self._boot_id,

@@ -35,6 +35,8 @@ class Offer:
     generation: int
     """Of the candidates: grows with each list of a process."""
     candidates: tuple[Candidate, ...]
+    hard: bool | None = None
+    """Whether it is behind a NAT that maps each destination to another port; None: not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +57,7 @@ class Word:
     offer: Offer
 
 
-class _Wire(Struct, frozen=True):
+class _Wire(Struct, frozen=True, omit_defaults=True):
     boot: _BootId
     seq: Annotated[int, Meta(ge=0, le=2**63 - 1)]
     nonce: _Nonce
@@ -66,6 +68,7 @@ class _Wire(Struct, frozen=True):
     password: Annotated[str, Meta(max_length=64)]
     generation: Annotated[int, Meta(ge=0, le=2**63 - 1)]
     candidates: Annotated[tuple[CandidateEntry, ...], Meta(max_length=MAX_CANDIDATES)]
+    hard: bool | None = None
 
     def __post_init__(self) -> None:
         if not _TOPIC.fullmatch(self.presence):
@@ -93,6 +96,7 @@ def encode(word: Word) -> bytes:
             password=offer.password,
             generation=offer.generation,
             candidates=tuple(map(entry_of, offer.candidates)),
+            hard=offer.hard,
         )
     )
 
@@ -104,5 +108,5 @@ def decode(body: bytes) -> Word | None:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
     candidates = tuple(map(candidate_of, wire.candidates))
-    offer = Offer(wire.ufrag, wire.password, wire.generation, candidates)
+    offer = Offer(wire.ufrag, wire.password, wire.generation, candidates, wire.hard)
     return Word(wire.boot, wire.seq, wire.nonce, wire.echo, wire.ask, wire.presence, offer)

@@ -280,12 +280,14 @@ class StreamCarrier:
         except FramingError as error:
             self._fail(f"this is no TURN server: {error}")
             return
-        if messages:
-            self._deliver(messages)
-        rest = self._filled - used
-        if used and rest:
-            self._buffer[:rest] = bytes(self._buffer[used : self._filled])
-        self._filled = rest
+        try:
+            if messages:
+                self._deliver(messages)
+        finally:  # or what had them fail would be delivered again and again
+            rest = self._filled - used
+            if used and rest:
+                self._buffer[:rest] = bytes(self._buffer[used : self._filled])
+            self._filled = rest
         if problem:
             self._fail(problem)
 

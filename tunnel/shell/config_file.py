@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import stat
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from tunnel.config import CONFIG_DIRECTORY
@@ -29,6 +31,23 @@ def check_writable(file: Path) -> None:
         os.unlink(temporary)
     except OSError as error:
         raise _cannot_write(file, error) from None
+
+
+@contextlib.contextmanager
+def locked(file: Path) -> Iterator[None]:
+    """Alone with `file` from reading it to replacing it, as far as others ask, too: of two who add
+    to it at once, neither is to lose what the other added. Raises LocalError, PrivilegeError.
+    """
+    try:
+        # Of the directory, since the file itself is replaced.
+        descriptor = os.open(_target(file).parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise _cannot_write(file, error) from None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def replace(file: Path, text: str, mode: int = 0o644) -> None:
@@ -72,13 +91,14 @@ def identity_beside(file: Path) -> tuple[Path, Identity]:
     Raises ConfigError when there is something else, LocalError, PrivilegeError.
     """
     path = file.parent / KEY_NAME
-    if not path.exists():
-        try:
-            Identity.generate().save(path)
-        except LocalError:
-            check_writable(path)  # which says it better, where that is the reason
-            raise
-    return path, Identity.load(path)
+    with locked(path):  # somebody else may be about to make it
+        if not path.exists():
+            try:
+                Identity.generate().save(path)
+            except LocalError:
+                check_writable(path)  # which says it better, where that is the reason
+                raise
+        return path, Identity.load(path)
 
 
 def _target(file: Path) -> Path:

@@ -439,11 +439,11 @@ class Driver:
 
     def _send(self, datagrams: list[tuple[PathKey, bytes]]) -> list[tuple[PathKey, int]]:
         """Send them, each by a socket or a relay; the paths that failed, with the errno."""
-        relayed = [(path, data) for path, data in datagrams if self._relays.owns(path.local)]
+        relayed = [(path, data) for path, data in datagrams if self._is_relay(path.local)]
         if not relayed:
             return self._sockets.send(datagrams)
         failures = self._sockets.send(
-            [(path, data) for path, data in datagrams if not self._relays.owns(path.local)]
+            [(path, data) for path, data in datagrams if not self._is_relay(path.local)]
         )
         for path, data in relayed:
             error = self._relays.send(path, data)
@@ -461,8 +461,8 @@ class Driver:
                 offered = self._offers.pop(token, None)
                 if offered is not None:
                     offered(event)
-            case PortWanted(ip):
-                self._loop.call_soon(self._open_port, ip)
+            case PortWanted(ip, spread):
+                self._loop.call_soon(self._open_port, ip, spread)
             case PortUnwanted(local):
                 self._sockets.close_extra(local)
             case BenchWanted():
@@ -550,14 +550,19 @@ class Driver:
         del self._locals[number]
         self._io.remove_socket(number)
 
-    def _open_port(self, ip: str) -> None:
-        local = None if self._stopped.done() else self._sockets.open_extra(ip)
+    def _open_port(self, ip: str, spread: bool) -> None:
+        local = None if self._stopped.done() else self._sockets.open_extra(ip, many=spread)
         if local is not None:
-            self._turn(lambda now: self._node.port_opened(local, now))
+            self._turn(lambda now: self._node.port_opened(local, now, spread=spread))
+
+    def _is_relay(self, local: Address) -> bool:
+        """Whether this is the address of a relay, and not of a socket of ours, whatever a TURN
+        server says: it would take all our traffic away."""
+        return local not in self._numbers and self._relays.owns(local)
 
     def _aim(self, path: Path, key: PathKey) -> None:
         local, remote = key
-        relayed = self._relays.socket_of(key)
+        relayed = self._relays.socket_of(key) if self._is_relay(local) else None
         if relayed is not None:
             udp, remote = relayed
             local = udp.local

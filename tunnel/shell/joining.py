@@ -144,9 +144,12 @@ async def join(joining: Joining, rendezvous: RendezvousConfig, *, watcher: Watch
             ended.set_result(event)
 
     hinted = False
+    give_up_at = clock.now() + BROKER_PATIENCE + ANSWER_PATIENCE
 
     def look(now: float) -> None:
         nonlocal hinted
+        if now >= give_up_at:  # a broker that came and went, and maybe came again
+            raise talk.unreachable() if talk.reached is None else unanswered()
         if talk.reached is None:
             return
         if now - talk.reached >= ANSWER_PATIENCE:
@@ -230,10 +233,7 @@ class _Talk:
                 now = clock.now()
                 status = self._signaller.status()
                 error = status["error"] or ""
-                if status["state"] != "connected":
-                    self.reached = None
-                elif self.reached is None:
-                    self.reached = now
+                self._follow(status["state"] == "connected", now)
                 if self.reached is not None:
                     if told:
                         told = ""
@@ -243,10 +243,8 @@ class _Talk:
                     told = error
                     self._watcher.trouble(error, max(0.0, give_up_at - now))
                 if self._machine is None and now >= give_up_at:
-                    raise UnreachableError(
-                        f"no broker could be reached: {error or 'no answer'}",
-                        remedy="is `martlet rendezvous` running there?",
-                    )
+                    raise self.unreachable()
+                self._wake(now)
                 if not ended.done():
                     look(now)
             return ended.result()
@@ -260,6 +258,26 @@ class _Talk:
             self._machine = self._make(now)
             self._machine.connected(now)
             self._pump(now)
+
+    def unreachable(self) -> UnreachableError:
+        """No broker, and no patience left."""
+        error = self._signaller.status()["error"]
+        return UnreachableError(
+            f"no broker could be reached: {error or 'no answer'}",
+            remedy="is `martlet rendezvous` running there?",
+        )
+
+    def _wake(self, now: float) -> None:
+        """The timers of the loop stand still while the host sleeps; ours do not."""
+        timer = None if self._machine is None else self._machine.get_timer()
+        if timer is not None and now >= timer:
+            self._on_timer()
+
+    def _follow(self, reached: bool, now: float) -> None:
+        if not reached:
+            self.reached = None
+        elif self.reached is None:
+            self.reached = now
 
     def _connected(self) -> None:
         if self._machine is not None:
@@ -278,7 +296,9 @@ class _Talk:
             self._pump(now)
 
     def _on_timer(self) -> None:
-        self._timer = None
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
         assert self._machine is not None
         now = clock.now()
         self._machine.handle_timer(now)

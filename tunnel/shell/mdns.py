@@ -10,8 +10,9 @@ zeroconf also answers whoever asks its port directly, from anywhere, which RFC 6
 forbids: it would tell the Internet where a tunnel is, and lend us to attacks by reflection. So its
 sockets get a filter that lets multicast in only, and questions ask for answers by multicast.
 
-What is found is a hint, and bounded: addresses on the very link, 8 for each peer, out of the first
-64 services.
+What is found is a hint, and bounded: addresses on the very link, 8 for each peer, out of 64
+services. Where there are more, those go first that turned out to be nobody's we look for: whoever
+fills a link with names once must not keep two peers apart for as long as these are remembered.
 """
 
 from __future__ import annotations
@@ -252,10 +253,18 @@ class _Station:
             self._seen.pop(name, None)
             if self.services.pop(name, None) is not None:
                 self._discovery.tell()
-        elif not self._discovery.is_ours(name) and (
-            name in self._seen or len(self._seen) < MAX_SERVICES
-        ):
+        elif not self._discovery.is_ours(name) and (name in self._seen or self._has_room()):
             self._seen[name] = self._discovery.run(self._look(zeroconf, name))
+
+    def _has_room(self) -> bool:
+        """For one more service, maybe in place of one that was looked at and is no peer's."""
+        if len(self._seen) < MAX_SERVICES:
+            return True
+        for name, task in self._seen.items():
+            if name not in self.services and (task is None or task.done()):
+                del self._seen[name]
+                return True
+        return False
 
     async def _look(self, zeroconf: Zeroconf, name: str) -> None:
         info = AsyncServiceInfo(SERVICE, name)

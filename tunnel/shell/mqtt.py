@@ -327,7 +327,12 @@ class Signaller:
         self._doubted = asked
         self._error = f"{urlsplit(link.url).hostname} is silent"
         self._set_state()
-        self._dial()
+        # A broker that lets in at once and acknowledges late, or nothing, would be dialled without
+        # end; a change of the network is another matter.
+        stable = self._loop.time() - self._served_since >= STABLE
+        if stable:
+            self._failures = 0
+        self._dial(patient=not (stable or self._changed))
 
     def _believe(self) -> None:
         """It did answer after all."""

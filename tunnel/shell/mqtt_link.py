@@ -313,12 +313,15 @@ class Link(asyncio.Protocol):
         if mid is not None:
             self._questions[kind, mid] = self._loop.time()
 
-    def answer(self, kind: str, mid: int) -> None:
-        """paho was told of an acknowledgement."""
+    def answer(self, kind: str, mid: int, *, refused: bool = False) -> None:
+        """paho was told of an acknowledgement, maybe of something that was never asked."""
         asked = self._questions.pop((kind, mid), None)
-        if asked is not None and not self._over:
-            self._measure(self._loop.time() - asked)
-            self._owner.answered(self)
+        if asked is None or self._over:
+            return
+        if refused:
+            _log.warning("broker refuses a subscription", broker=self.url)
+        self._measure(self._loop.time() - asked)
+        self._owner.answered(self)
 
     def answer_connect(self) -> None:
         """paho was told that we are let in."""
@@ -326,11 +329,6 @@ class Link(asyncio.Protocol):
             self.accepted = True
             self._measure(self._loop.time() - self._connect_sent)
             self._owner.accepted(self)
-
-    def answer_subscribe(self, codes: list[ReasonCode]) -> None:
-        """paho was told whether what we subscribed to is granted."""
-        if any(code.is_failure for code in codes):
-            _log.warning("broker refuses a subscription", broker=self.url)
 
     def message(self, message: MQTTMessage) -> None:
         """paho has read a publication."""
@@ -486,8 +484,7 @@ class _Paho(Client):
     def _subscribed(
         self, client: Client, userdata: Any, mid: int, codes: list[ReasonCode], properties: Any
     ) -> None:
-        self._link.answer("subscribe", mid)
-        self._link.answer_subscribe(codes)
+        self._link.answer("subscribe", mid, refused=any(code.is_failure for code in codes))
 
     def _create_socket(self) -> _Pipe:
         return self._pipe

@@ -34,6 +34,7 @@ from typing import Any
 
 from tunnel.config import Endpoint, TurnConfig
 from tunnel.config_values import parse_turn_url
+from tunnel.errors import ConfigError
 from tunnel.ice.candidate import Relay
 from tunnel.ice.turn import Allocated, Allocation, Ended, Received
 from tunnel.ice.turn_message import CHANNEL_HEADER, Problem
@@ -42,6 +43,7 @@ from tunnel.shell import clock
 from tunnel.shell.carrier import MAX_SEGMENTS, Carrier, StreamCarrier, UdpCarrier
 from tunnel.shell.log import Log
 from tunnel.shell.resolver import Lookup, Resolver, lookup
+from tunnel.shell.secret import read_password
 from tunnel.shell.udp import UDP_SEGMENT, UdpSocket, device_for, open_udp, segment_size
 
 HEAD_START = 0.3
@@ -84,10 +86,10 @@ class Server:
         return cls(config.url, endpoint, transports, config)
 
     def password(self) -> str:
-        """Read anew each time, so that it can be changed while the tunnel is up. Raises OSError
+        """Read anew each time, so that it can be changed while the tunnel is up. Raises ConfigError
         and ValueError."""
         file = self.config.password_file
-        return "" if file is None else file.read_text().strip("\r\n")
+        return "" if file is None else read_password(file).decode()
 
 
 @dataclass(frozen=True, slots=True)
@@ -475,9 +477,10 @@ class _Attempt:
         self._tries += 1
         try:
             password = way.server.password()
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or "this is not UTF-8 text"
-            return self._give_up(Problem.REFUSED, f"cannot read the password file: {reason}")
+        except ConfigError as error:
+            return self._give_up(Problem.REFUSED, f"{way.server.config.password_file}: {error}")
+        except ValueError:
+            return self._give_up(Problem.REFUSED, "the password is not UTF-8 text")
         self._allocation = Allocation(
             username=way.server.config.username,
             password=password,
@@ -570,7 +573,7 @@ class _Attempt:
             number, length = CHANNEL_HEADER.unpack_from(message)
             remote = allocation.remote_of(number)
             payload = message[CHANNEL_HEADER.size : CHANNEL_HEADER.size + length]
-            if remote is not None and 0 < length == len(payload):
+            if remote is not None and length == len(payload):
                 live.take(remote, payload)
         if live is not None:
             allocation.heard(now)
@@ -761,7 +764,7 @@ class _Live:
     def take(self, remote: Address, payload: memoryview) -> None:
         """A datagram of `remote`: a 1-RTT packet to a peer the engine knows, or the node's."""
         if not payload:
-            return
+            return  # anybody can send an empty one to a relayed address
         shim = self._shims.get(remote)
         if shim is not None and payload[0] & 0xC0 == 0x40:
             shim.add(payload)

@@ -158,6 +158,7 @@ class UdpSockets:
         self._closing = closing
         self._sockets: dict[str, UdpSocket] = {}
         self._extra: dict[Address, UdpSocket] = {}
+        self._many: set[Address] = set()  # of these
         self._unusable: set[str] = set()
         self._proven = False
 
@@ -198,15 +199,17 @@ class UdpSockets:
             self._open_anywhere(missing)
         self._proven = self._proven or bool(self._sockets)
 
-    def open_extra(self, ip: str) -> Address | None:
-        """Another socket on an address that has one, on a port of the kernel's choice."""
+    def open_extra(self, ip: str, *, many: bool = False) -> Address | None:
+        """Another socket on an address that has one, on a port of the kernel's choice. Of `many`
+        little is logged."""
         first = self._sockets.get(ip)
         if first is None:
             return None
         try:
             udp = UdpSocket(ip, 0, first.interface)
         except OSError as error:
-            _log.warning("no further socket", local=ip, error=error.strerror or error)
+            tell = _log.debug if many else _log.warning
+            tell("no further socket", local=ip, error=error.strerror or error)
             return None
         try:
             self._opened(udp)
@@ -214,7 +217,9 @@ class UdpSockets:
             udp.close()
             return None
         self._extra[udp.local] = udp
-        _log.info("socket opened", local=udp.local, device=udp.interface or None)
+        if many:
+            self._many.add(udp.local)
+        self._tell(udp.local)("socket opened", local=udp.local, device=udp.interface or None)
         return udp.local
 
     def close_extra(self, local: Address) -> None:
@@ -223,7 +228,11 @@ class UdpSockets:
         if udp is not None:
             self._closing(udp)
             udp.close()
-            _log.info("socket closed", local=udp.local)
+            self._tell(local)("socket closed", local=local)
+            self._many.discard(local)
+
+    def _tell(self, extra: Address) -> Callable[..., None]:
+        return _log.debug if extra in self._many else _log.info
 
     def send(self, datagrams: Sequence[tuple[PathKey, bytes]]) -> list[tuple[PathKey, int]]:
         """Send them in order; the paths that failed, each once, with the first errno there.
