@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from tests.sim.flows import Flow
-from tests.sim.world import Uplink, World
+from tests.sim.world import STUN, Uplink, World
+from tunnel.rendezvous.meeting import Offer, Offered
 
 MS = 1e-3
 EASY = {"restricted": True}
@@ -170,3 +171,48 @@ def test_what_a_peer_that_is_dialled_is_waited_for() -> None:
     world.stop("a")
     world.boot("b")
     assert "has to dial us" in why(world, "b")
+
+
+def another_process(world: World, *, fresh: bool) -> None:
+    """What a hears of a process of b that is not the one of its session."""
+    key = world.b.node._own_key
+    offered = Offered(key, Offer("else" * 2, "p" * 22, 9, ()), bytes(16), fresh)
+    world.peer("a").offered(offered, world.now)
+
+
+def test_a_healthy_session_outlives_the_word_of_another_process() -> None:
+    world = behind(EASY, EASY)
+    world.boot()
+    world.run_until(lambda: world.both_up, 5.0)
+    world.run(1.0)
+    session = world.peer("a").session
+    for fresh in (True, False):
+        another_process(world, fresh=fresh)
+        world.run(1.0)
+        assert world.peer("a").session is session and world.both_up
+
+
+def test_only_a_fresh_word_of_another_process_ends_a_session_without_a_path() -> None:
+    world = behind(EASY, EASY)
+    world.boot()
+    world.run_until(lambda: world.both_up, 5.0)
+    world.b.uplinks[0].black_hole = True
+    world.run(5.0)
+    peer = world.peer("a")
+    session = peer.session
+    assert session is not None and peer.seeking
+    another_process(world, fresh=False)
+    assert peer.session is session
+    another_process(world, fresh=True)
+    assert peer.session is None
+
+
+def test_a_host_that_slept_asks_how_it_is_seen() -> None:
+    world = behind(EASY, EASY)
+    world.boot()
+    world.run_until(lambda: world.both_up, 5.0)
+    world.run(10.0)
+    node = world.a.node
+    assert not any(key.remote == STUN for key, _ in node.datagrams_to_send(world.now))
+    node.resumed(world.now)
+    assert any(key.remote == STUN for key, _ in node.datagrams_to_send(world.now))

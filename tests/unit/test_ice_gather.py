@@ -284,3 +284,24 @@ def test_the_nat_of_the_best_base_that_is_known() -> None:
     assert made.nat() == Nat(THERE, True)
     made.bases_changed(local_network([]), [], NOW + 2)
     assert made.nat() is None
+
+
+def test_who_waits_from_the_start_asks_as_long_and_sooner() -> None:
+    made = gatherer()
+    made.busy(True)
+    sent = run(made, NOW, NOW + 14)
+    assert [round(at - NOW, 3) for at, _, _ in sent] == [0, 0.1, 0.3, 0.7, 1.5, 3.1, 6.3]
+    assert len({data for _, _, data in sent}) == 1
+
+
+def test_asking_again_takes_only_the_newest_answer() -> None:
+    made = gatherer()
+    [(key, old)] = made.datagrams_to_send(NOW)
+    made.again(NOW + 1)
+    [(key, new)] = made.datagrams_to_send(NOW + 1)
+    assert not made.receive(answer(old, OUTSIDE), key, NOW + 1.1)
+    assert made.mapped() == {}
+    assert made.receive(answer(new, OUTSIDE), key, NOW + 1.1)
+    assert list(made.mapped().values()) == [OUTSIDE]
+    made.again(NOW + 2)
+    assert list(made.mapped().values()) == [OUTSIDE]  # until there is another

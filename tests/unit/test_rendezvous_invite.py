@@ -276,6 +276,7 @@ def test_refused() -> None:
 
 def test_five_failures() -> None:
     invitation = inviting()
+    assert MAX_FAILURES == 5
     for n in range(MAX_FAILURES):
         assert invitation.state is State.OPEN
         invitation.receive(*failing(invitation, seed=n), NOW + n)
@@ -461,6 +462,7 @@ def test_recorded_refusals_leave_room_for_the_joiner() -> None:
     carry(joiner, invitation, now)
     carry(invitation, joiner, now)
     assert events(joiner) == [Welcomed(ALICE.public_key.raw, WELCOME)]
+    assert now - NOW >= (20 - 5) / 0.5, "5 at once, then one in 2 s"
 
 
 def test_a_flood_is_not_read() -> None:
