@@ -9,7 +9,8 @@ share. What was found is a hint from whoever could send one, so it is few, comes
 configured, is forgotten when the network changes, and nothing is believed but the handshake.
 
 A path on which the peer has answered a check (`tunnel.ice`, after the rendezvous) comes before all
-that are merely written down.
+that are merely written down, and is forgotten when some handshakes there are not answered: checks
+are how a peer is looked for that may be away for weeks, and cost a hundredth.
 """
 
 from collections.abc import Callable
@@ -34,6 +35,8 @@ MAX_FOUND = 8
 """Addresses that were found: two interfaces, each with IPv4 and some of IPv6."""
 MAX_ANSWERED = 8
 """Paths on which a check was answered that are remembered: as many as the agent keeps warm."""
+ANSWERED_DIALS = 3
+"""Handshakes without an answer, and without another check answered, after which they are not."""
 DIAL_TIMEOUT = 5.0
 """Seconds until a handshake that nobody answered is begun anew, names resolved again."""
 HANDSHAKE_PATIENCE = 3.0
@@ -70,6 +73,8 @@ class Dialler:
         self._resolving = False
         self._unanswered = 0
         """Handshakes that nobody answered."""
+        self._in_vain = 0
+        """The same, since the peer last answered a check."""
 
     @property
     def dialable(self) -> bool:
@@ -133,6 +138,7 @@ class Dialler:
     def path_answered(self, key: PathKey) -> None:
         """The peer has answered a check there: the newest is the best guess."""
         self._answered = unique([key, *self._answered])[:MAX_ANSWERED]
+        self._in_vain = 0
         if self.session is not None and key not in self.session.connection.dial_paths:
             self.session.connection.add_dial_path(key)
 
@@ -154,7 +160,11 @@ class Dialler:
         while self._queue and self._queue[0][0] <= now:
             session.connection.add_dial_path(self._queue.pop(0)[1])
         if now >= self._expires(session):
-            self._unanswered += session.connection.heard_at is None
+            if session.connection.heard_at is None:
+                self._unanswered += 1
+                self._in_vain += 1
+            if self._in_vain >= ANSWERED_DIALS:
+                self._answered = []
             session.close(ApplicationError.NO_ERROR, "no answer")
             self.session = None
             self.want(now)

@@ -201,7 +201,7 @@ def test_the_broker_comes_late(lab: Lab, tmp_path: Path) -> None:
     with Rendezvous(lab.core, tmp_path / "late.log", "--port", "1999", "--no-stun"):
         code = inviting.stdout.readline().decode()
         assert CODE.fullmatch(code)
-        assert "the broker is within reach" in log.read_text()
+        until(lambda: "the broker is within reach" in log.read_text(), log.read_text)
         said = lab.b.martlet("join", code.strip(), "--config", str(lab.b.config))
         assert "next:" in said
         Invite(inviting, code.strip(), log).end()

@@ -60,7 +60,7 @@ def test_a_host_behind_a_nat_is_dialled(
     scenario.pair.start("A")
     until_mapped(scenario, by)
     assert len(router.mapped()) == 1
-    scenario.up()
+    scenario.pair.up(names=["B"])
     assert paths(scenario, "B")[0]["remote"] == OUTSIDE
     down = [*scenario.pair.martlet, "down", "mt0"]
     scenario.pair.space("A").run(down, env={"PYTHONPATH": "."})

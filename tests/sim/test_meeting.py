@@ -141,6 +141,36 @@ def test_a_hard_pair_waits_cheaply() -> None:
         assert host.bytes_sent - earlier <= 600 * 100  # bytes a second
 
 
+def two_uplinks(number: int, public: str) -> list[Uplink]:
+    return [
+        Uplink("eth0", f"192.168.{number}.10", f"{public}.1", restricted=True),
+        Uplink("wlan0", f"192.168.{number + 10}.10", f"{public}.2", restricted=True),
+    ]
+
+
+@pytest.mark.parametrize("goodbye", [True, False])
+def test_a_peer_that_is_away_is_waited_for_cheaply(goodbye: bool) -> None:
+    """For weeks, maybe; and when it is back, somewhere else, it is found as soon as ever."""
+    world = World(1, a=two_uplinks(1, "203.0.113"), b=two_uplinks(2, "198.51.100"), rendezvous=True)
+    world.boot()
+    world.run_until(lambda: world.both_up, 5.0)
+    world.run(5.0)
+    if goodbye:
+        world.b.node.close(world.now)
+        world.pump(world.b)
+        world.run(1.0)
+    world.stop("b")
+    world.run(60.0)
+    before = world.a.bytes_sent
+    world.run(600.0)
+    assert world.a.bytes_sent - before <= 600 * 600  # bytes a second
+    for number, uplink in enumerate(world.b.uplinks):
+        uplink.public_ip = f"198.51.100.{number + 7}"
+        uplink.forget()
+    world.boot("b")
+    world.run_until(lambda: world.both_up, 3.0)
+
+
 def why(world: World, name: str) -> str:
     (peer,) = world.hosts[name].node.status(world.now)["peers"]
     return " ".join(peer["why"])

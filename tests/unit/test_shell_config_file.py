@@ -27,6 +27,9 @@ def test_a_new_file_and_an_old_one(tmp_path: Path) -> None:
     assert (file.read_text(), mode(file)) == ("zwei äöü\n", 0o640)
     write_secret(tmp_path / "secret", "geheim")
     assert ((tmp_path / "secret").read_text(), mode(tmp_path / "secret")) == ("geheim\n", 0o600)
+    (tmp_path / "secret").chmod(0o644)
+    write_secret(tmp_path / "secret", "geheim")
+    assert mode(tmp_path / "secret") == 0o600
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mt0.toml", "secret"]
 
 

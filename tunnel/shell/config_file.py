@@ -50,8 +50,9 @@ def locked(file: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def replace(file: Path, text: str, mode: int = 0o644) -> None:
-    """Put `text` in place of what is there; a new file gets `mode`, an old one keeps its own.
+def replace(file: Path, text: str, mode: int = 0o644, *, secret: bool = False) -> None:
+    """Put `text` in place of what is there; a new file gets `mode`, an old one keeps its own,
+    unless it is a `secret`.
 
     Whatever happens, there is the old file, or the whole new one. Raises LocalError,
     PrivilegeError.
@@ -63,7 +64,7 @@ def replace(file: Path, text: str, mode: int = 0o644) -> None:
             with open(descriptor, "wb") as written:
                 with contextlib.suppress(FileNotFoundError):
                     old = target.stat()
-                    mode = stat.S_IMODE(old.st_mode)
+                    mode = mode if secret else stat.S_IMODE(old.st_mode)
                     if (old.st_uid, old.st_gid) != (os.geteuid(), os.getegid()):
                         os.fchown(descriptor, old.st_uid, old.st_gid)
                 os.fchmod(descriptor, mode)
@@ -82,7 +83,7 @@ def replace(file: Path, text: str, mode: int = 0o644) -> None:
 
 def write_secret(file: Path, secret: str) -> None:
     """A file that only its owner reads. Raises LocalError, PrivilegeError."""
-    replace(file, secret + "\n", 0o600)
+    replace(file, secret + "\n", 0o600, secret=True)
 
 
 def identity_beside(file: Path) -> tuple[Path, Identity]:
