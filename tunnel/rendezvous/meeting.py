@@ -61,15 +61,16 @@ NONCE_AGE = 30.0
 NONCE_LIFE = 120.0
 """...and after which its echo proves nothing: a broker can hold a word back for as long, and
 addresses that were true two minutes ago are worth a check."""
-KEPT_NONCES = 8
+KEPT_NONCES = 24
 """Of ours: more than leave before an answer can be there, when there is something new to tell again
 and again."""
 KEPT_BOOTS = 8
 """Processes of a peer whose latest numbers are remembered."""
 
-ASKS_BURST, ASKS_PER_SECOND = 6.0, 1.0
-"""Offers of our own accord: a network that flaps must not flood a broker."""
-ANSWERS_BURST, ANSWERS_PER_SECOND = 6.0, 1.0
+ASKS_BURST, ASKS_PER_SECOND = 20.0, 1.0
+"""Offers of our own accord: a network that flaps must not flood a broker. A move takes three of
+them: where we are, what STUN servers see, which kind of NAT it is; and moves come in rows."""
+ANSWERS_BURST, ANSWERS_PER_SECOND = 12.0, 1.0
 """To one peer. Its own words come in twos and threes."""
 STRANGE_BURST, STRANGE_PER_SECOND = 3.0, 0.5
 """The same for words of a process that was never fresh: restarts, and recordings."""
