@@ -214,7 +214,7 @@ def test_what_the_server_says_no_to_is_told(make_scenario: MakeScenario) -> None
     until(lambda: len(relays(scenario, state="failed")) >= 3, lambda: relays(scenario), PATIENCE)
     told = {row["server"]: row["error"] for row in relays(scenario, state="failed")}
     assert "refuses the user name or the password" in told[server.url()]
-    assert told[nobody] == "the server refuses the connection"
+    assert told[nobody].startswith("the server refuses the connection")
     assert "certificate is not trusted" in told[server.url(secure=True)]
 
 
