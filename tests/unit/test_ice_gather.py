@@ -200,3 +200,22 @@ def test_who_waits_for_an_answer_asks_again_sooner() -> None:
         assert timer is not None
         waits.append(timer - NOW)
     assert waits[1] <= waits[0] / 4
+
+
+def test_silence_means_something_after_a_while_and_only_where_nobody_answers() -> None:
+    def silent() -> bool:
+        return made.silent
+
+    made = gatherer(FIRST, SECOND)
+    run(made, NOW, NOW + 6)
+    assert not silent(), "too soon"
+    run(made, NOW + 6, NOW + 9)
+    assert silent()
+    run(made, NOW + 9, NOW + 100)
+    assert silent(), "it stays so between two rounds"
+    asked = run(made, NOW + 100, NOW + INTERVAL + 2)
+    again = next(data for _, key, data in asked if key.remote == FIRST)
+    assert silent()
+    assert made.receive(answer(again, OUTSIDE), PathKey(HERE, FIRST), NOW + INTERVAL + 2)
+    assert not silent()
+    assert not Gatherer(random.Random(1)).silent, "nobody was asked"

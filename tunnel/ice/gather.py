@@ -34,6 +34,8 @@ BUSY_INTERVAL = 20.0
 """Seconds: few NATs forget a UDP mapping sooner (RFC 4787 section 4.3 asks for 2 minutes)."""
 PACE = 0.005  # seconds between the first questions, as between first checks
 MAX_SERVERS = 4
+SILENT_TRIES = 5
+"""Of a question, after which its silence means something: 1.5 s while `busy`, else 7.5 s."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +57,8 @@ class _Question:
     asked_at: float = 0.0
     """When the last round began."""
     answer: Address | None = None
+    vain: bool = False
+    """Whether it has been asked for long enough without an answer."""
 
 
 class Gatherer:
@@ -127,6 +131,7 @@ class Gatherer:
                 continue
             wait = (BUSY_RTO if self._busy else FIRST_RTO) * 2**question.tries
             question.tries += 1
+            question.vain = question.vain or question.tries >= SILENT_TRIES
             question.tried_at = now
             question.due = now + (LAST_WAIT if question.tries == TRIES else wait)
             self._out.append((question.key, check.server_request(question.transaction)))
@@ -136,6 +141,11 @@ class Gatherer:
     def mapped(self) -> dict[Address, Address]:
         """By base, the address it has outside."""
         return dict(self._mapped)
+
+    @property
+    def silent(self) -> bool:
+        """Whether no server answers, from anywhere: they are down, or UDP is blocked."""
+        return bool(self._questions) and all(each.vain for each in self._questions.values())
 
     def get_timer(self) -> float | None:
         return min(map(self._due, self._questions.values()), default=None)
@@ -182,6 +192,7 @@ class Gatherer:
     def _end(self, question: _Question, answer: Address | None) -> None:
         question.transaction = b""
         question.answer = answer
+        question.vain = answer is None
         self._refresh()
 
     def _refresh(self) -> None:
