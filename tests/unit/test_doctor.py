@@ -656,6 +656,19 @@ def test_a_peer_that_is_not_up_gets_the_most_likely_reason(
     assert words in found.summary
 
 
+@pytest.mark.parametrize(
+    ("about", "words"), [("unheard", "it was not heard of"), ("no-way", "hard one")]
+)
+def test_what_the_tunnel_tells_itself_is_better_than_a_guess(about: str, words: str) -> None:
+    obstacle = {"about": about, "problem": "it was not heard of", "remedy": "compare url"}
+    peer = {"name": "office", "state": "connecting", "obstacles": [obstacle]}
+    tunnels = (TunnelFacts(name="mt0", status={"peers": [peer]}),)
+    nats = (Nat("eth0", HARD),)
+    meeting = config('[rendezvous]\nurl = "mqtt://b.example"')
+    found = one("peer", configured(tunnels=tunnels, nats=nats, config=meeting))
+    assert words in found.summary
+
+
 def test_a_peer_of_a_tunnel_whose_configuration_is_not_known() -> None:
     assert "other host may be off" in one("peer", facts(tunnels=running("holding"))).summary
     assert why_not_up(facts(), None, None)[1]
