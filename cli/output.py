@@ -93,16 +93,23 @@ def status(status: dict[str, Any]) -> RenderableType:
     if copies:
         parts += [Text(), *copies]
     waits = [
-        Text(f"{peer.get('name')}: {line}")
+        f"{peer.get('name')}: {line}"
         for peer in status.get("peers", [])
-        if peer.get("active_path") is None
+        if peer.get("state") != "up"
         for line in peer.get("why") or []
     ]
     if waits:
-        parts += [Text(), *waits]
+        parts += [Text(), *map(Text, waits)]
     broker = status.get("rendezvous") or {}
     if broker.get("url"):
         parts += [Text(), _broker(broker)]
+    others = [
+        line
+        for line in obstacles(status, but="broker")
+        if not any(wait.endswith(line) for wait in waits)
+    ]
+    if others:
+        parts += [Text(), *(Text(line, style="yellow") for line in others)]
     engine = status.get("engine") or {}
     if engine.get("libcrypto"):
         line = f"sealed by {engine['libcrypto']}"
@@ -110,13 +117,23 @@ def status(status: dict[str, Any]) -> RenderableType:
     return Group(*parts)
 
 
+def obstacles(status: dict[str, Any], *, but: str = "") -> list[str]:
+    """What is in the way of a tunnel, not of one peer alone: a sentence each, with what to do."""
+    return [
+        "; ".join(filter(None, (each.get("problem"), each.get("remedy"))))
+        for each in status.get("obstacles") or []
+        if each.get("about") != but
+    ]
+
+
 def _broker(broker: dict[str, Any]) -> Text:
-    """One line: whether the rendezvous serves us, and if not, why."""
+    """One line: whether the rendezvous serves us, and if not, why and what to do."""
     line = f"rendezvous {broker['url']}: {broker.get('state', '?')}"
     if broker.get("rtt_ms") is not None:
         line += f", {_milliseconds(broker['rtt_ms'])}"
     if broker.get("state") != "connected" and broker.get("error"):
-        return Text(f"{line}: {broker['error']}", style="yellow")
+        words = filter(None, (broker["error"], broker.get("remedy")))
+        return Text(f"{line}: {'; '.join(words)}", style="yellow")
     return Text(line, style="dim")
 
 

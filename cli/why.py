@@ -18,11 +18,13 @@ def run(target: str, json: bool) -> int:
     if peer is None:
         raise LocalError(f"tunnel {tunnel} has no peer {name!r}", remedy="see martlet status")
     reasons = peer["why"]
-    if peer["active_path"] is None:
-        reasons = [f"{name} is {peer['state']}: there is no session with it yet", *reasons]
-        broker = status.get("rendezvous") or {}
-        if broker.get("error"):
-            reasons.append(f"rendezvous: {broker['error']}")
+    troubled = peer["state"] != "up"
+    if troubled:
+        where = "there is no session with it" if peer["active_path"] is None else "no path works"
+        reasons = [f"{name} is {peer['state']}: {where}", *reasons]
+    relayed = any(path["active"] and path["kind"] == "relay" for path in peer["paths"])
+    if troubled or relayed:
+        reasons += [line for line in output.obstacles(status) if line not in reasons]
     if json:
         output.as_json(reasons)
     else:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from tunnel.config import Endpoint
 from tunnel.ledger import Migration
+from tunnel.obstacle import Obstacle
 
 if TYPE_CHECKING:
     from tunnel.path.network import Address
@@ -34,6 +35,14 @@ class PeerHolding:
 
 
 @dataclass(frozen=True, slots=True)
+class Obstructed:
+    """Something is in the way of a peer that is not up, or of all if `peer` is None."""
+
+    peer: str | None
+    obstacle: Obstacle
+
+
+@dataclass(frozen=True, slots=True)
 class PeerMigrated:
     """A peer moved to another path."""
 
@@ -46,6 +55,8 @@ class PeerRefused:
 
     peer: str | None
     reason: str
+    key: str = ""
+    """The public key that nobody here has, in OpenSSH format, if that is the reason."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +124,7 @@ NodeEvent: TypeAlias = (
     PeerConnecting
     | PeerUp
     | PeerHolding
+    | Obstructed
     | PeerMigrated
     | PeerRefused
     | ResolveWanted

@@ -14,21 +14,24 @@ from typing import Any, TextIO
 
 from msgspec import structs
 
+from tunnel import report
 from tunnel.benches import BENCH_FEATURE
 from tunnel.config import Config, IPInterface, IPNetwork, PeerConfig
 from tunnel.control import PROTOCOL_VERSION, ApplicationError, Hello
 from tunnel.datapath.engine import Connection, Datapath
-from tunnel.events import NodeEvent, PeerRefused, PortUnwanted, ResolveWanted
+from tunnel.events import NodeEvent, Obstructed, PeerRefused, PortUnwanted, ResolveWanted
 from tunnel.ice.agent import Agent
 from tunnel.ice.candidate import MAX_RANK, Base, Relay
 from tunnel.ice.check import looks_like_stun, username_of
 from tunnel.ice.gather import Gatherer
-from tunnel.identity import Identity
+from tunnel.identity import Identity, PublicKey
 from tunnel.ledger import Ledger
+from tunnel.obstacle import Obstacle
 from tunnel.path.network import Address, LocalNetwork, PathKey
 from tunnel.peer import Peer
 from tunnel.probing import Probing
 from tunnel.quic.admission import (
+    MAC_LENGTH,
     Admitted,
     Door,
     Header,
@@ -43,6 +46,8 @@ from tunnel.quic.logging import StreamLogger
 from tunnel.rendezvous.meeting import Meeting, Offered
 from tunnel.surroundings import Surroundings
 
+STRANGER_MEMORY = 120.0
+"""Seconds for which it is told that somebody without the right keys was here."""
 STRANGER_PATIENCE = 5.0
 """Seconds until a handshake that somebody began with us must have shown its Hello."""
 RESETS_PER_SECOND = 20
@@ -96,6 +101,8 @@ class Node:
         self._by_engine: dict[Connection, Session] = {}
         self._raw: list[tuple[PathKey, bytes]] = []
         self._resets = (0.0, 0)
+        self._stranger: tuple[float, Obstacle] | None = None
+        """The last that had a wrong key, and when."""
         self._closing_at: float | None = None
         self.counters = {
             "strangers": 0,
@@ -115,6 +122,8 @@ class Node:
         ]
         self._gatherer = Gatherer(rng)
         self._probing = Probing(rng=rng, emit=self._events.append, keep=self._keep_port)
+        self._silent = False
+        """Whether the STUN servers were, when the log was told."""
         self._mapped: dict[Address, Address] = {}
         self.peers: dict[str, Peer] = {}
         self._places: dict[str, int] = {}  # of each peer, in the datapath
@@ -334,8 +343,11 @@ class Node:
                 session.close(ApplicationError.NO_ERROR, "no Hello in time")
         for peer in self.peers.values():
             peer.handle_timer(now)
+            if peer.teller.due(now):
+                self._tell(peer, now)
         self._expire_ports(now)
         self._gatherer.handle_timer(now)
+        self._tell_silence()
         self._share_mapped(now)
         if self.meeting is not None:
             self.meeting.handle_timer(now)
@@ -410,11 +422,13 @@ class Node:
         return self._closing_at is not None and all(s.connection.is_closed for s in self._owners)
 
     def status(self, now: float) -> dict[str, Any]:
+        here = self._here()
         return {
             "interface": self._config.interface.name,
             "public_key": self._identity.public_key.openssh,
             "listen_port": self._surroundings.port,
-            "peers": [peer.status(now, self._met(peer, now)) for peer in self.peers.values()],
+            "peers": [peer.status(now, self._met(peer, now), here) for peer in self.peers.values()],
+            "obstacles": [obstacle.as_json() for obstacle in self._obstacles(here, now)],
             "counters": {**self.counters, "unroutable_packets": self.datapath.unroutable},
             "probing": self._probing.counters,
             **({"rendezvous": self.meeting.counters} if self.meeting is not None else {}),
@@ -423,6 +437,45 @@ class Node:
     def _met(self, peer: Peer, now: float) -> dict[str, Any] | None:
         key = peer.config.public_key.raw
         return None if self.meeting is None else self.meeting.status(key, now)
+
+    def _here(self) -> report.Here:
+        udp = None
+        if self._gatherer.silent:
+            servers = self._config.stun_servers
+            implied = not self._config.ice.stun
+            turn = bool(self._config.ice.turn)
+            udp = report.udp_obstacle(servers, self._relays, implied=implied, turn=turn)
+        return report.Here(
+            network=bool(self._surroundings.bases),
+            turn=bool(self._config.ice.turn),
+            relayed=bool(self._relays),
+            udp=udp,
+        )
+
+    def _tell(self, peer: Peer, now: float) -> None:
+        """Why this peer is not up. What is in the way of all is told for itself, and that a peer
+        has to dial us is how it was configured."""
+        here = self._here()
+        found = peer.obstacles(here, self._met(peer, now))
+        news = peer.teller.news(
+            each for each in found if each != here.udp and each.about != "endpoint"
+        )
+        self._events += [Obstructed(peer.name, obstacle) for obstacle in news]
+
+    def _tell_silence(self) -> None:
+        if self._gatherer.silent != self._silent:
+            self._silent = self._gatherer.silent
+            udp = self._here().udp
+            if udp is not None:
+                self._events.append(Obstructed(None, udp))
+
+    def _obstacles(self, here: report.Here, now: float) -> list[Obstacle]:
+        """What is in the way, not of one peer alone."""
+        found = [] if here.udp is None else [here.udp]
+        missing = any(peer.state != "up" for peer in self.peers.values())
+        if self._stranger is not None and missing and now < self._stranger[0] + STRANGER_MEMORY:
+            found.append(self._stranger[1])
+        return found
 
     def history(self) -> list[dict[str, Any]]:
         return self._ledger.to_builtins()
@@ -562,6 +615,8 @@ class Node:
         )
         if verdict is None:
             self.counters["strangers"] += 1
+            if len(header.token) == MAC_LENGTH:  # as a martlet's, but made with another key
+                self._stranger = now, report.knocked(path.remote)
             return None
         if not isinstance(verdict, Admitted):
             self.counters["retries"] += 1
@@ -612,12 +667,22 @@ class Node:
                     self._owners[session] = owner
                     owner.on_event(session, event, now)
             elif isinstance(event, Ended):
-                self._events.append(PeerRefused(None, event.reason or "closed"))
+                self._refused(session, event.reason or "closed", now)
         owner = self._owners.get(session)
         if owner is not None:
             owner.poll(now)
         if session.ended:
             self._forget(session)
+
+    def _refused(self, session: Session, reason: str, now: float) -> None:
+        """Somebody who dialled us is none of our peers, or gave up."""
+        raw = session.connection.refused_key
+        if raw is None:
+            self._events.append(PeerRefused(None, reason))
+            return
+        key = PublicKey(raw).openssh
+        self._stranger = now, report.unknown_key(key, session.active.remote)
+        self._events.append(PeerRefused(None, "no [[peer]] has its public key", key))
 
     def _reset_or_be_reset(self, header: Header, data: bytes, path: PathKey, now: float) -> None:
         """A short packet for no connection of ours (RFC 9000 section 10.3)."""

@@ -44,6 +44,7 @@ from tunnel.ice.agent import Agent
 from tunnel.ice.candidate import candidate_of
 from tunnel.ice.check import Credentials
 from tunnel.ledger import Ledger
+from tunnel.obstacle import Obstacle
 from tunnel.path.liveness import HOLD_AFTER, NAT_KEEPALIVE
 from tunnel.path.network import Address, PathKey
 from tunnel.quic.control_stream import Ended, Greeted, Said, Session
@@ -51,6 +52,7 @@ from tunnel.rendezvous.meeting import Offered
 from tunnel.rendezvous.messages import Offer
 from tunnel.roaming import Roaming
 from tunnel.surroundings import Surroundings
+from tunnel.telling import Teller
 
 REFUSED_BACKOFF = 5.0
 """Seconds until a peer that turned us away is tried again: somebody must edit a file first."""
@@ -94,6 +96,9 @@ class Peer:
         self.session: Session | None = None
         self.dialler = Dialler(config, lambda path, now: dial(self, path, now), emit)
         self.observed: str | None = None
+        self.teller = Teller()
+        self._refusal: report.Refusal | None = None
+        """Of the last handshake, if the peer has answered it so."""
         self.counters = {"handshakes": 0}
         self.roaming = Roaming(
             config.name,
@@ -133,6 +138,7 @@ class Peer:
     def start(self, now: float) -> None:
         """Begin to look for the peer."""
         self._emit(PeerConnecting(self.name))
+        self.teller.missed(now)
         self.roaming.endpoints(self.dialler.resolved, now)
         self.dialler.want(now + (COURTESY_WAIT if self._waits else 0.0))
 
@@ -197,6 +203,7 @@ class Peer:
         """This peer is not wanted any more. Its sessions are closed by whoever says so, and what
         becomes of them is of no interest to anybody."""
         self._emit = _nobody
+        self.teller.found()
         self.dialler.cancel()
         self.roaming.agent.stop()
         self.lane.hold()
@@ -291,6 +298,7 @@ class Peer:
         if self.session is not None:
             self.session.connection.detach()
         self.session = session
+        self._refusal = None
         self.counters["handshakes"] += 1
         if not self.dialler.forget(session):
             self.dialler.give_up("not needed any more")
@@ -343,6 +351,7 @@ class Peer:
         if self.dialler.forget(session):
             if self.session is None:
                 if event.application is None and event.code != APPLICATION_ERROR:
+                    self._refusal = report.Refusal(event.code, event.reason)
                     reason = event.reason or f"connection error {event.code:#x}"
                     self._emit(PeerRefused(self.name, reason))
                     self.dialler.want(now + REFUSED_BACKOFF)
@@ -360,6 +369,7 @@ class Peer:
         self.roaming.drop()
         self.roaming.agent.stop()
         self.lane.hold()
+        self.teller.missed(now)
         if self.state != "connecting":
             self.state = "connecting"
             self._emit(PeerConnecting(self.name))
@@ -370,6 +380,7 @@ class Peer:
         if self.state == "up":
             self.state = "holding"
             self._held_at = now
+            self.teller.missed(now)
             self._emit(PeerHolding(self.name))
         self.lane.hold()
         if self.session is not None:
@@ -387,6 +398,7 @@ class Peer:
         self.lane.recover(now)
 
     def _set_up(self, now: float) -> None:
+        self.teller.found()
         if self.state != "up":
             self.state = "up"
             self._emit(PeerUp(self.name))
@@ -418,7 +430,7 @@ class Peer:
     # time
 
     def get_timer(self) -> float | None:
-        times = [self.dialler.get_timer(), self.roaming.get_timer()]
+        times = [self.dialler.get_timer(), self.roaming.get_timer(), self.teller.get_timer()]
         session = self.session
         if session is not None and session.connection.is_open:
             times += [self._keepalive_at, self._hold_at(session)]
@@ -444,11 +456,32 @@ class Peer:
 
     # status
 
-    def status(self, now: float, meeting: dict[str, Any] | None = None) -> dict[str, Any]:
-        """This peer's part of `status --json`; times in milliseconds, sizes in bytes. `meeting` is
-        what the rendezvous knows of it."""
+    def obstacles(self, here: report.Here, meeting: dict[str, Any] | None) -> list[Obstacle]:
+        """What is in the way, while the peer is not up. `meeting` is what the rendezvous knows of
+        it."""
+        if self.state == "up":
+            return []
+        return report.obstacles(
+            here=here,
+            endpoints=self.config.endpoint,
+            resolved=self.dialler.resolved,
+            refusal=self._refusal,
+            meeting=meeting,
+            agent=self.roaming.agent,
+        )
+
+    def status(
+        self,
+        now: float,
+        meeting: dict[str, Any] | None = None,
+        here: report.Here | None = None,
+    ) -> dict[str, Any]:
+        """This peer's part of `status --json`; times in milliseconds, sizes in bytes."""
         session = self.session
-        agent = self.roaming.agent
+        obstacles = self.obstacles(here or report.Here(), meeting)
+        why = report.why(session, self.roaming, now) if session is not None else []
+        if session is None and meeting is not None and meeting["heard_s"] is not None:
+            why.append(f"it was heard of at the rendezvous {meeting['heard_s']:.0f} s ago")
         return {
             "name": self.name,
             "public_key": self.config.public_key.openssh,
@@ -456,11 +489,8 @@ class Peer:
             "active_path": str(session.active) if session is not None else None,
             "observed_address": self.observed,
             "paths": report.paths(session, self.roaming) if session is not None else [],
-            "why": (
-                report.why(session, self.roaming, now)
-                if session is not None
-                else report.obstacles(self.config.endpoint, agent, meeting, self.dialler.resolved)
-            ),
+            "why": [*why, *map(str, obstacles)],
+            "obstacles": [obstacle.as_json() for obstacle in obstacles],
             "rendezvous": meeting,
             "migrations": self._ledger.count(self.name),
             "counters": {

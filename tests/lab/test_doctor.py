@@ -13,7 +13,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +25,7 @@ from pwdlib import PasswordHash
 from pwdlib.hashers.argon2 import Argon2Hasher
 
 from bench.nattable import Behaviour
+from bench.turn_server import PORT, TurnServer
 from cli.demo.core import PYTHON_ENV
 from cli.demo.netns import Namespace, terminate
 from cli.demo.pair import MARTLET, Pair, tail
@@ -70,10 +71,15 @@ class Report:
         return dict(found)
 
 
-def doctor(space: Namespace, *arguments: str, before: tuple[str, ...] = ()) -> Report:
+def doctor(
+    space: Namespace,
+    *arguments: str,
+    before: tuple[str, ...] = (),
+    environment: Mapping[str, str] | None = None,
+) -> Report:
     began = time.monotonic()
     argv = [*before, *MARTLET, "doctor", *arguments, "--json"]
-    done = space.run(argv, env=PYTHON_ENV, check=False)
+    done = space.run(argv, env={**PYTHON_ENV, **(environment or {})}, check=False)
     assert done.returncode in (0, 1) and done.stdout, done
     assert "Traceback" not in done.stderr
     report = Report(done.returncode, json.loads(done.stdout), time.monotonic() - began)
@@ -274,6 +280,84 @@ def test_a_broker_that_is_down_or_refuses_us(make_world: MakeWorld, tmp_path: Pa
     report = doctor(world.a.space, "--rendezvous", BROKER)
     assert report.one("broker")["details"]["reason"] in ("timeout", "other")
     assert report.seconds < LIMIT + 3
+
+
+def turn_server(world: World, directory: Path, *, quota: int = 0) -> TurnServer:
+    """In the core, at its first address of each family."""
+    return TurnServer(world.core, world.uplink("A").cores, directory, quota=quota)
+
+
+def relays(world: World, config: Path, environment: Mapping[str, str]) -> list[dict[str, Any]]:
+    """What the doctor says of TURN servers, in time."""
+    report = doctor(world.a.space, str(config), environment=environment)
+    assert report.seconds < LIMIT + 3
+    return report.of("turn")
+
+
+def test_relays_by_every_transport_are_given_back(make_world: MakeWorld, tmp_path: Path) -> None:
+    """The user may have one at a time, which is enough: three times, and once more."""
+    world = make_world(uplinks=(1, 1))
+    server = turn_server(world, tmp_path, quota=1)
+    config = prepare(world, tmp_path, ice=server.toml(server.url(), server.url(secure=True)))
+    for _ in range(2):
+        found = relays(world, config, server.environment)
+        assert [each["state"] for each in found] == ["ok"] * 3, found
+        assert [each["details"]["transports"] for each in found] == [["udp"], ["tcp"], ["tls"]]
+        for each in found:
+            assert each["details"]["relayed"].startswith(f"{server.addresses[4]}:")
+            assert 0 < each["details"]["ms"] < LIMIT * 1000
+
+
+def test_relays_that_are_none(make_world: MakeWorld, tmp_path: Path) -> None:
+    """Each for a reason of its own, with what mends it."""
+    world = make_world(uplinks=(1, 1))
+    server = turn_server(world, tmp_path)
+    wrong = tmp_path / "wrong.password"
+    wrong.write_text("sparrow")
+    wrong.chmod(0o600)
+    config = prepare(world, tmp_path)
+    bare = config.read_text()
+    config.write_text(bare + server.toml(server.url(), password_file=wrong))
+    (found,) = relays(world, config, server.environment)
+    assert (found["state"], found["details"]["reason"]) == ("problem", "login")
+    assert found["details"]["transports"] == ["udp", "tcp"]
+    assert "password_file in [ice] turn" in found["remedy"]
+
+    nobody = f"turn:{server.addresses[4]}:9"
+    config.write_text(bare + server.toml(server.url(secure=True), nobody))
+    untrusted, closed = relays(world, config, {"SSL_CERT_FILE": "/dev/null"})
+    assert untrusted["details"]["reason"] == "tls" and "trust" in untrusted["remedy"]
+    assert closed["details"]["reason"] == "refused" and "port" in closed["remedy"]
+
+    world.core.run(["nft", "-f", "-"], input=f"""
+        table inet dark {{
+          chain into {{ type filter hook input priority 0; udp dport {PORT} drop; }}
+        }}""")  # fmt: skip
+    config.write_text(bare + server.toml(server.url(), server.url(secure=True)))
+    silent, tcp, tls = relays(world, config, server.environment)
+    assert (silent["state"], silent["details"]["reason"]) == ("warning", "timeout")
+    assert "another way to it serves" in silent["summary"] and "turns:" in silent["remedy"]
+    assert tcp["state"] == tls["state"] == "ok"
+
+
+def test_a_relay_that_somebody_else_has(make_world: MakeWorld, tmp_path: Path) -> None:
+    world = make_world(uplinks=(1, 1))
+    server = turn_server(world, tmp_path, quota=1)
+    pair = Pair(world, tmp_path, settings=server.toml(server.url(transport="udp")))
+    pair.prepare()
+    pair.start("B")
+    try:
+        deadline = time.monotonic() + _START
+        while not any(row["address"] for row in pair.status("B").get("relays", [])):
+            assert time.monotonic() < deadline, pair.log("B").read_text()
+            time.sleep(0.05)
+        (found,) = relays(world, pair.config("A"), server.environment)
+        assert (found["state"], found["details"]["reason"]) == ("problem", "quota")
+        assert "quota" in found["remedy"]
+    finally:
+        pair.stop("B")
+    (found,) = relays(world, pair.config("A"), server.environment)
+    assert found["state"] == "ok", "it was given back"
 
 
 def test_a_packet_size_that_does_not_get_through(make_world: MakeWorld, tmp_path: Path) -> None:

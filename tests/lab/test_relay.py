@@ -94,11 +94,12 @@ def direct(kind: str) -> bool:
     return kind not in ("relay", "")
 
 
-def healthy(scenario: Scenario) -> None:
+def healthy(scenario: Scenario, *, handshakes: int = 1) -> None:
     ends: tuple[HostName, ...] = ("A", "B")
     for name in ends:
         status = scenario.pair.status(name)
-        assert status["peers"][0]["counters"]["handshakes"] == 1, "a new connection was needed"
+        counted = status["peers"][0]["counters"]["handshakes"]
+        assert 1 <= counted <= handshakes, "a new connection was needed"
         assert status["counters"]["internal_errors"] == 0
 
 
@@ -228,7 +229,8 @@ def test_the_server_is_restarted(make_scenario: MakeScenario) -> None:
             PATIENCE,
         )
         assert not session.closed()
-    healthy(scenario)
+    # An end that knows where to dial tries that, too, and whoever answers first wins.
+    healthy(scenario, handshakes=2)
 
 
 def test_what_the_server_says_no_to_is_told(make_scenario: MakeScenario) -> None:
@@ -251,7 +253,7 @@ def test_what_the_server_says_no_to_is_told(make_scenario: MakeScenario) -> None
 
     until(all_told, lambda: relays(scenario), PATIENCE)
     assert "refuses the user name or the password" in told[server.url()]
-    assert told[nobody] == "the server refuses the connection"
+    assert told[nobody].startswith("the server refuses the connection")
     assert "certificate is not trusted" in told[server.url(secure=True)]
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from tests.sim.flows import Flow
 from tests.sim.world import STUN, Uplink, World
+from tunnel.events import Obstructed
 from tunnel.rendezvous.meeting import Offer, Offered
 
 MS = 1e-3
@@ -176,6 +177,39 @@ def why(world: World, name: str) -> str:
     return " ".join(peer["why"])
 
 
+def obstructed(world: World, name: str) -> list[tuple[str | None, str]]:
+    events = [event for _, event in world.hosts[name].events if isinstance(event, Obstructed)]
+    return [(event.peer, event.obstacle.about) for event in events]
+
+
+def test_the_log_is_told_once_why_a_peer_is_not_there() -> None:
+    world = behind(EASY, EASY)
+    world.broker_up = False
+    world.boot("a")
+    world.run(120.0)
+    assert obstructed(world, "a") == [("b", "broker")]
+    world.broker_up = True
+    world.run(120.0)
+    assert obstructed(world, "a") == [("b", "broker"), ("b", "unheard")]
+    world.boot("b")
+    world.run_until(lambda: world.both_up, 90.0)
+    world.run(300.0)
+    assert len(obstructed(world, "a")) == 2 and obstructed(world, "b") == []
+
+
+def test_silent_stun_servers_are_told_of() -> None:
+    world = behind(EASY, EASY)
+    del world.outsiders[STUN.host]
+    world.boot()
+    world.run(60.0)
+    assert not world.both_up
+    for name, peer in ("a", "b"), ("b", "a"):
+        assert obstructed(world, name)[0] == (None, "udp")
+        assert obstructed(world, name).count((None, "udp")) == 1
+        assert (peer, "udp-there") in obstructed(world, name)
+        assert "UDP is blocked here" in why(world, name)
+
+
 def test_what_a_peer_is_waited_for_is_told() -> None:
     """In the words of `martlet status` and `why`: the broker, the peer, the way."""
     world = behind(HARD, EASY)
@@ -189,7 +223,7 @@ def test_what_a_peer_is_waited_for_is_told() -> None:
     world.boot("b")
     world.run(10.0)
     assert "heard of at the rendezvous" in why(world, "a")
-    assert "a relay would connect you" in why(world, "a")
+    assert "add a relay" in why(world, "a")
 
 
 def test_what_a_peer_that_is_dialled_is_waited_for() -> None:

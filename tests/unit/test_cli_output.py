@@ -136,3 +136,30 @@ def test_status_tells_of_the_broker_and_what_a_peer_waits_for() -> None:
     broker |= {"state": "connected", "rtt_ms": 20.0}
     shown = told(output.status({"interface": "mt0", "peers": [], "rendezvous": broker}))
     assert "rendezvous mqtt://b: connected, 20" in shown and "silent" not in shown
+
+
+def test_status_tells_what_is_in_the_way_and_what_to_do_once() -> None:
+    udp = {"about": "udp", "problem": "UDP is blocked here", "remedy": "let it out"}
+    broker = {"about": "broker", "problem": "rendezvous mqtt://b: b is silent", "remedy": "look"}
+    line = {
+        "url": "mqtt://b",
+        "state": "connecting",
+        "error": "b is silent",
+        "remedy": "look",
+    }
+    state: dict[str, Any] = {
+        "interface": "mt0", "peers": [], "rendezvous": line, "obstacles": [broker, udp],
+    }  # fmt: skip
+    shown = told(output.status(state))
+    assert shown.count("b is silent; look") == 1
+    assert shown.count("UDP is blocked here; let it out") == 1
+    held = {
+        "name": "office",
+        "state": "holding",
+        "why": ["in use: a>b", "UDP is blocked here; let it out"],
+    }
+    shown = told(output.status({**state, "peers": [held]}))
+    assert "office: in use: a>b" in shown and shown.count("UDP is blocked here") == 1
+    assert output.obstacles(state) == [
+        "rendezvous mqtt://b: b is silent; look", "UDP is blocked here; let it out",
+    ]  # fmt: skip

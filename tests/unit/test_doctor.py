@@ -487,9 +487,16 @@ def test_two_silent_servers_or_one_that_answers_otherwise_prove_it() -> None:
 
 
 def test_a_relay_over_tcp_helps_where_udp_is_blocked() -> None:
-    relay = ServerFacts(url="turns:turn.example:443", seconds=0.1)
+    relay = ServerFacts(url="turns:turn.example:443", transport="tls", seconds=0.1)
     found = one("udp", nat(BLOCKED, turn=(relay,)))
     assert found.state is State.WARNING and "by the relay" in found.summary
+
+
+def test_a_relay_over_udp_shows_that_it_is_not_blocked() -> None:
+    relay = ServerFacts(url="turn:turn.example", transport="udp", seconds=0.1)
+    found = one("udp", nat(BLOCKED, turn=(relay,)))
+    assert found.state is State.WARNING and "UDP gets to the TURN server" in found.summary
+    assert "stun" in found.remedy
 
 
 def test_udp_is_blocked_on_one_of_two_ways() -> None:
@@ -540,6 +547,7 @@ def test_a_router_that_knows_another_address_than_the_internet_does() -> None:
         ("refused", "martlet rendezvous"),
         ("timeout", "wss://"),
         ("tls", "ca_file"),
+        ("validity", "date -u"),
         ("login", "password_file"),
         ("protocol", "scheme and port"),
     ],
@@ -555,13 +563,42 @@ def test_brokers_that_do_not_let_us_in(reason: Any, remedy: str) -> None:
 
 
 def test_relays() -> None:
-    good = ServerFacts(url="turn:t.example", seconds=0.05, detail="198.51.100.9:50000")
+    url, relayed = "turn:t.example", "198.51.100.9:50000"
+    good = ServerFacts(url=url, transport="udp", seconds=0.05, detail=relayed)
     found = one("turn", facts(turn=(good,)))
-    assert found.summary.endswith("lets us in (50 ms), relayed address 198.51.100.9:50000")
-    mute = one("turn", facts(turn=(replace(good, detail=""),)))
-    assert mute.summary.endswith("answers (50 ms); the credentials were not tried")
-    bad = ServerFacts(url="turn:t.example", error="no", reason="login")
-    assert "[ice] turn" in one("turn", facts(turn=(bad,))).remedy
+    assert found.summary == f"TURN server {url} over UDP relays for us at {relayed} (50 ms)"
+    assert found.details["relayed"] == relayed
+    bad = ServerFacts(url=url, transport="tcp", error="no", reason="timeout")
+    _, found = of("turn", facts(turn=(good, bad)))
+    assert found.state is State.WARNING
+    assert found.summary == f"TURN server {url} over TCP: no; another way to it serves"
+    elsewhere = replace(bad, url="turn:u.example")
+    _, found = of("turn", facts(turn=(good, elsewhere)))
+    assert found.summary.endswith("no; another serves")
+
+
+@pytest.mark.parametrize(
+    ("reason", "remedy"),
+    [
+        ("name", "host name"),
+        ("refused", "port of its url"),
+        ("timeout", "turns:HOST:443"),
+        ("tls", "update-ca-certificates"),
+        ("validity", "date -u"),
+        ("login", "password_file in [ice] turn"),
+        ("quota", "user-quota"),
+        ("protocol", "scheme and port"),
+    ],
+)
+def test_relays_that_do_not_let_us_in(reason: Any, remedy: str) -> None:
+    """Over both transports for the same reason: that is one finding."""
+    bad = [
+        ServerFacts(url="turn:t.example", transport=transport, error="no", reason=reason)
+        for transport in ("udp", "tcp")
+    ]
+    found = one("turn", facts(turn=tuple(bad)))
+    assert found.state is State.PROBLEM and remedy in found.remedy
+    assert found.summary == "TURN server turn:t.example over UDP and TCP: no"
 
 
 # tunnels
@@ -616,6 +653,19 @@ def test_a_peer_that_is_not_up_gets_the_most_likely_reason(
     found = one("peer", configured(tunnels=running("connecting"), **more))
     assert found.state is State.WARNING and found.remedy
     assert found.summary.startswith("mt0/office is not up (connecting): ")
+    assert words in found.summary
+
+
+@pytest.mark.parametrize(
+    ("about", "words"), [("unheard", "it was not heard of"), ("no-way", "hard one")]
+)
+def test_what_the_tunnel_tells_itself_is_better_than_a_guess(about: str, words: str) -> None:
+    obstacle = {"about": about, "problem": "it was not heard of", "remedy": "compare url"}
+    peer = {"name": "office", "state": "connecting", "obstacles": [obstacle]}
+    tunnels = (TunnelFacts(name="mt0", status={"peers": [peer]}),)
+    nats = (Nat("eth0", HARD),)
+    meeting = config('[rendezvous]\nurl = "mqtt://b.example"')
+    found = one("peer", configured(tunnels=tunnels, nats=nats, config=meeting))
     assert words in found.summary
 
 

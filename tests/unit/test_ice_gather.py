@@ -305,3 +305,22 @@ def test_asking_again_takes_only_the_newest_answer() -> None:
     assert list(made.mapped().values()) == [OUTSIDE]
     made.again(NOW + 2)
     assert list(made.mapped().values()) == [OUTSIDE]  # until there is another
+
+
+def test_silence_means_something_after_a_while_and_only_where_nobody_answers() -> None:
+    def silent() -> bool:
+        return made.silent
+
+    made = gatherer(FIRST, SECOND)
+    run(made, NOW, NOW + 6)
+    assert not silent(), "too soon"
+    run(made, NOW + 6, NOW + 9)
+    assert silent()
+    run(made, NOW + 9, NOW + 100)
+    assert silent(), "it stays so between two rounds"
+    asked = run(made, NOW + 100, NOW + INTERVAL + 2)
+    again = next(data for _, key, data in asked if key.remote == FIRST)
+    assert silent()
+    assert made.receive(answer(again, OUTSIDE), PathKey(HERE, FIRST), NOW + INTERVAL + 2)
+    assert not silent()
+    assert not Gatherer(random.Random(1)).silent, "nobody was asked"

@@ -7,8 +7,9 @@ import contextlib
 import json
 import os
 import socket
+import ssl
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -17,8 +18,10 @@ from typing import Any
 import pytest
 from aioice import stun
 
+from tests.turn_server import PASSWORD, RELAYED, USER
+from tests.unit.turn_loop import HOST, Client, LoopServer, make_certificate
 from tunnel.config import Endpoint, RendezvousConfig, TurnConfig, loads
-from tunnel.doctor.facts import Facts, FirewallFacts, TunnelFacts
+from tunnel.doctor.facts import Facts, FirewallFacts, ServerFacts, TunnelFacts
 from tunnel.ice import check
 from tunnel.ice.behaviour import Mapping
 from tunnel.identity import Identity
@@ -256,7 +259,7 @@ def test_a_broker_that_is_not_there_or_not_what_it_is_said_to_be() -> None:
         url = f"mqtt://127.0.0.1:{closed.getsockname()[1]}"
         found = asyncio.run(broker.ask(RendezvousConfig(url=(url,)), url, 1.0))
     assert found.reason == "refused"
-    assert asyncio.run(served(b"\x20\x02\x00\x00", "mqtts://127.0.0.1:{}")).reason == "tls"
+    assert asyncio.run(served(b"\x20\x02\x00\x00", "mqtts://127.0.0.1:{}")).reason == "protocol"
 
 
 def test_a_password_file_that_cannot_be_used_is_the_reason(tmp_path: Path) -> None:
@@ -269,71 +272,183 @@ def test_a_password_file_that_cannot_be_used_is_the_reason(tmp_path: Path) -> No
 # relays
 
 
+def ask_relay(
+    password: Path,
+    transport: str = "udp",
+    *,
+    prepare: Callable[[Client], None] = lambda client: None,
+    user: str | None = USER,
+    limit: float = 3.0,
+    context: ssl.SSLContext | None = None,
+    deaf: bool = False,
+) -> tuple[ServerFacts, list[Client]]:
+    """What is said of a scripted server, and whom the server has seen."""
+
+    async def run() -> tuple[ServerFacts, list[Client]]:
+        server = LoopServer()
+        server.prepare, server.deaf = prepare, deaf
+        await server.start(context)
+        try:
+            scheme, query = (
+                ("turns", "") if transport == "tls" else ("turn", f"?transport={transport}")
+            )
+            turn = TurnConfig(
+                url=f"{scheme}:{HOST}:{server.port}{query}",
+                username=user,
+                password_file=password if user else None,
+            )
+            found = await relay.ask(turn, transport, limit)
+            await asyncio.sleep(0.05)  # for the last message to arrive
+        finally:
+            server.stop()
+            await asyncio.sleep(0.02)  # for transports to close
+        return found, server.clients
+
+    return asyncio.run(run())
+
+
+@pytest.fixture
+def password(tmp_path: Path) -> Path:
+    path = tmp_path / "password"
+    path.write_text(PASSWORD + "\n")
+    path.chmod(0o600)
+    return path
+
+
+def refusing(code: int, *, times: int | None = None) -> Callable[[Client], None]:
+    """Servers that answer so to the first clients."""
+    seen: list[Client] = []
+
+    def prepare(client: Client) -> None:
+        seen.append(client)
+        if times is None or len(seen) <= times:
+            client.server.errors[stun.Method.ALLOCATE] = code
+
+    return prepare
+
+
+@pytest.mark.parametrize("transport", ["udp", "tcp"])
+def test_a_relay_is_got_and_given_back(password: Path, transport: str) -> None:
+    found, clients = ask_relay(password, transport)
+    assert (found.error, found.reason, found.transport) == ("", "", transport)
+    assert found.detail == str(RELAYED)
+    assert found.seconds is not None and 0 < found.seconds < 3
+    [client] = clients
+    assert not client.server.allocated, "it was given back"
+
+
+def test_a_relay_over_tls_whose_certificate_nobody_trusts(password: Path, tmp_path: Path) -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(*make_certificate(tmp_path))
+    found, _ = ask_relay(password, "tls", context=context)
+    assert found.reason == "tls" and "not trusted" in found.error
+
+
+def test_a_relay_over_tls(password: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    certificate, key = make_certificate(tmp_path)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    found, _ = ask_relay(password, "tls", context=context)
+    assert (found.error, found.detail) == ("", str(RELAYED))
+
+
 @pytest.mark.parametrize(
-    ("url", "host", "port", "transport"),
+    ("code", "reason", "words"),
     [
-        ("turn:t.example", "t.example", 3478, "udp"),
-        ("turn:t.example:99?transport=tcp", "t.example", 99, "tcp"),
-        ("turns:t.example", "t.example", 5349, "tls"),
-        ("turns:[2001:db8::1]:443?transport=tcp", "2001:db8::1", 443, "tls"),
-        ("turn:[2001:db8::1]", "2001:db8::1", 3478, "udp"),
+        (403, "other", "forbids"),
+        (442, "unsupported", "does not relay UDP"),
+        (486, "quota", "number of relays"),
+        (508, "quota", "no room"),
+        (437, "other", "knows this port already"),
     ],
 )
-def test_the_server_of_a_turn_url(url: str, host: str, port: int, transport: str) -> None:
-    assert relay.server_of(url) == (Endpoint(host, port), transport)
+def test_a_relay_that_is_denied(
+    password: Path, monkeypatch: pytest.MonkeyPatch, code: int, reason: str, words: str
+) -> None:
+    monkeypatch.setattr(relay, "FULL_PATIENCE", 0.2)
+    monkeypatch.setattr(relay, "FULL_PAUSE", 0.1)
+    found, _ = ask_relay(password, prepare=refusing(code))
+    assert found.reason == reason and words in found.error
 
 
-def ask_relay(url: str, limit: float = 1.0) -> Any:
-    return asyncio.run(relay.ask(TurnConfig(url=url), limit))
+@pytest.mark.parametrize(("code", "times"), [(486, 1), (437, 1)])
+def test_a_relay_at_the_second_try(password: Path, code: int, times: int) -> None:
+    found, clients = ask_relay(password, prepare=refusing(code, times=times))
+    assert found.error == "" and len(clients) == 2
 
 
-def test_a_relay_that_answers_datagrams() -> None:
-    with stun_server() as server:
-        found = ask_relay(f"turn:{server}")
-    assert not found.error and 0 < found.seconds < 1
-    with stun_server(answers=False) as server:
-        assert ask_relay(f"turn:{server}", 0.1).reason == "timeout"
+def test_a_server_that_has_relays_of_the_other_family_only(password: Path) -> None:
+    def only_ipv6(client: Client) -> None:
+        def judge(message: stun.Message) -> None:
+            errors = client.server.errors
+            errors.clear()
+            if "REQUESTED-ADDRESS-FAMILY" not in message.attributes:
+                errors[stun.Method.ALLOCATE] = 440
+
+        client.server.on_request = judge
+
+    found, _ = ask_relay(password, prepare=only_ipv6)
+    assert found.detail.startswith("[")
 
 
-@pytest.mark.parametrize(("answers", "reason"), [(True, ""), (False, "protocol")])
-def test_a_relay_in_a_stream(answers: bool, reason: str) -> None:
-    async def run() -> Any:
+def test_a_wrong_password_and_none_at_all(password: Path) -> None:
+    password.write_text("sparrow")
+    found, _ = ask_relay(password)
+    assert found.reason == "login" and "user name or the password" in found.error
+    found, _ = ask_relay(password, user=None)
+    assert found.reason == "login" and "none are configured" in found.error
+    password.unlink()
+    found, _ = ask_relay(password)
+    assert found.reason == "other" and "password file" in found.error
+
+
+def test_a_relay_that_says_nothing(password: Path) -> None:
+    found, _ = ask_relay(password, deaf=True, limit=0.3)
+    assert (found.reason, found.seconds) == ("timeout", None)
+    assert "no answer" in found.error
+
+
+@pytest.mark.parametrize("answer", [b"HTTP/1.1 400 Bad Request, go away", b""])
+def test_something_else_that_listens_there(password: Path, answer: bytes) -> None:
+    async def run() -> list[ServerFacts]:
         async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            request = await reader.read(100)
-            answer = stun.Message(
-                stun.Method.BINDING,
-                stun.Class.RESPONSE,
-                check.transaction_id_of(request),
-                {"XOR-MAPPED-ADDRESS": ("192.0.2.1", 1)},
-            )
-            writer.write(bytes(answer) if answers else b"HTTP/1.1 400 Bad Request, go away")
-            await writer.drain()
+            await reader.read(100)
+            writer.write(answer)
             writer.close()
 
-        server = await asyncio.start_server(serve, "127.0.0.1", 0)
+        server = await asyncio.start_server(serve, HOST, 0)
         port = server.sockets[0].getsockname()[1]
+        plain = TurnConfig(url=f"turn:{HOST}:{port}?transport=tcp")
+        secure = TurnConfig(url=f"turns:{HOST}:{port}")
         try:
-            found = await relay.ask(TurnConfig(url=f"turn:127.0.0.1:{port}?transport=tcp"), 1.0)
-            tls = await relay.ask(TurnConfig(url=f"turns:127.0.0.1:{port}"), 1.0)
+            return [await relay.ask(plain, "tcp", 1.0), await relay.ask(secure, "tls", 1.0)]
         finally:
             server.close()
-        assert tls.reason == "tls"
-        return found
 
-    assert asyncio.run(run()).reason == reason
+    plain, secure = asyncio.run(run())
+    assert (plain.reason, secure.reason) == ("protocol", "protocol")
+    assert "TURN" in plain.error
 
 
-def test_a_relay_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    with socket.socket() as closed:
-        closed.bind(("127.0.0.1", 0))
-        url = f"turn:127.0.0.1:{closed.getsockname()[1]}?transport=tcp"
-        assert ask_relay(url).reason == "refused"
+@pytest.mark.parametrize("transport", ["udp", "tcp"])
+def test_a_relay_that_is_not_there(transport: str) -> None:
+    kind = socket.SOCK_DGRAM if transport == "udp" else socket.SOCK_STREAM
+    with socket.socket(type=kind) as closed:
+        closed.bind((HOST, 0))
+        port = closed.getsockname()[1]
+    turn = TurnConfig(url=f"turn:{HOST}:{port}?transport={transport}")
+    found = asyncio.run(relay.ask(turn, transport, 2.0))
+    assert found.reason == "refused" and "nothing listens" in found.error
 
+
+def test_a_relay_whose_name_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
     def lookup(name: str, port: int) -> list[Address]:
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
     monkeypatch.setattr(relay, "lookup", lookup)
-    assert ask_relay("turn:none.example").reason == "name"
+    found = asyncio.run(relay.ask(TurnConfig(url="turn:none.example"), "udp", 1.0))
+    assert found.reason == "name" and "none.example" in found.error
 
 
 # all of it
@@ -350,6 +465,7 @@ def test_everything_is_gathered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     key = Identity.generate()
     key.save(tmp_path / "key")
     (tmp_path / "password").write_text("secret")
+    (tmp_path / "password").chmod(0o600)
     config = loads(
         f"""
 [interface]
@@ -379,7 +495,9 @@ turn = [{{ url = "turn:127.0.0.1:9", username = "a", password_file = "{tmp_path}
         ("password file", (tmp_path / "password").stat().st_mode & 0o7777),
     ]
     assert facts.tunnels == tunnels and facts.nats == () and facts.brokers == ()
-    assert [server.reason for server in facts.turn] == ["refused"]
+    assert [(server.transport, server.reason) for server in facts.turn] == [
+        ("udp", "refused"), ("tcp", "refused"),
+    ]  # fmt: skip
 
 
 def test_the_servers_of_the_command_line() -> None:

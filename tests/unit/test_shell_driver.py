@@ -30,6 +30,7 @@ from tunnel.config_change import Change
 from tunnel.datapath.engine import Connection
 from tunnel.errors import ConfigError, LocalError
 from tunnel.events import (
+    Obstructed,
     PeerConnecting,
     PeerHolding,
     PeerMigrated,
@@ -43,6 +44,7 @@ from tunnel.events import (
 from tunnel.ice import turn
 from tunnel.identity import Identity
 from tunnel.ledger import Migration, Trigger
+from tunnel.obstacle import Obstacle
 from tunnel.path.network import Address, LocalAddress, LocalNetwork, PathKey
 from tunnel.shell import clock, driver
 from tunnel.shell.driver import Driver
@@ -778,14 +780,25 @@ def test_events_become_log_lines(monkeypatch: pytest.MonkeyPatch) -> None:
             PeerUp("office"),
             PeerHolding("office"),
             PeerMigrated(record),
-            PeerRefused(None, "wrong key"),
+            PeerRefused(None, "wrong key", "ssh-ed25519 AAAA"),
+            Obstructed("office", Obstacle("broker", "there is none", "start one")),
+            Obstructed(None, Obstacle("udp", "it is blocked")),
         ]
         world.driver._turn(lambda now: None)
 
     run(test)
     events = [each.getMessage() for each in records.kept]
-    assert events == ["connecting", "peer up", "no path, holding", "migrated", "refused"]
-    assert records.kept[-1].fields == {"peer": "unknown", "reason": "wrong key"}
+    assert events == [
+        "connecting", "peer up", "no path, holding", "migrated", "refused", "cannot reach peer",
+        "obstacle",
+    ]  # fmt: skip
+    assert records.kept[-3].fields == {
+        "peer": "unknown", "reason": "wrong key", "key": "ssh-ed25519 AAAA",
+    }  # fmt: skip
+    assert records.kept[-2].fields == {
+        "peer": "office", "problem": "there is none", "remedy": "start one",
+    }  # fmt: skip
+    assert records.kept[-1].fields["problem"] == "it is blocked"
 
 
 def test_a_bug_costs_one_datagram_and_is_counted() -> None:

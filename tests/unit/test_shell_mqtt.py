@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import socket
 import threading
 import time
@@ -213,6 +214,34 @@ def test_a_refused_connection_is_tried_again_and_served_when_somebody_listens() 
             async with Broker(port=port):
                 await until(lambda: ends.state == "connected")
                 assert not ends.error
+
+    run(main())
+
+
+def test_why_no_broker_serves_is_told_once_with_what_to_do(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.WARNING, "martlet.mqtt")
+
+    def warnings() -> list[Any]:
+        return [r for r in caplog.records if r.getMessage() == "no broker"]
+
+    async def main() -> None:
+        port = refused_port()
+        url = f"mqtt://127.0.0.1:{port}"
+        async with Ends(url) as ends:
+            await until(lambda: ends.signaller._failures >= 3)
+            (obstacle,) = ends.signaller.obstacles()
+            assert obstacle.about == "broker" and url in obstacle.problem
+            assert "martlet rendezvous" in obstacle.remedy
+            assert ends.signaller.status()["remedy"] == obstacle.remedy
+            (told,) = warnings()
+            assert told.fields["broker"] == url and told.fields["remedy"] == obstacle.remedy
+            async with Broker(port=port):
+                await until(lambda: ends.state == "connected")
+                assert ends.signaller.obstacles() == []
+                assert ends.signaller.status()["remedy"] == ""
+            await until(lambda: len(warnings()) == 2)
 
     run(main())
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import logging
 import os
 import socket
 import ssl
@@ -428,10 +429,38 @@ def test_nobody_listens(tmp_path: Path, transport: str) -> None:
         world.begin(url)
         if transport == "tcp":
             await world.until(lambda: world.rows(state="failed"))
-            assert world.rows(state="failed")[0]["error"] == "the server refuses the connection"
+            assert world.rows(state="failed")[0]["remedy"].startswith("is the server running?")
         else:
             await asyncio.sleep(0.2)
             assert world.rows(state="asking")
+
+    run(tmp_path, test)
+
+
+def test_what_is_wrong_is_told_while_it_is_tried_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By one obstacle for a server, with what to do, and once in the log; until it serves."""
+    caplog.set_level(logging.WARNING, "martlet.relay")
+
+    def full(client: Client) -> None:
+        only_ipv4(client)
+        client.server.errors[stun.Method.ALLOCATE] = 486
+
+    async def test(world: World) -> None:
+        world.server.prepare = full
+        world.begin(world.url("tcp"))
+        await world.until(lambda: len(world.server.clients) >= 4)
+        await world.until(lambda: world.relays.obstacles())
+        (obstacle,) = world.relays.obstacles()
+        assert obstacle.about == "relay" and world.url("tcp") in obstacle.problem
+        assert "number of relays" in obstacle.problem and "user-quota" in obstacle.remedy
+        told = [record for record in caplog.records if record.getMessage() == "no relay"]
+        assert {record.__dict__["fields"]["remedy"] for record in told} == {obstacle.remedy}
+        assert len(told) == 2, "once for each family of addresses"
+        world.server.prepare = only_ipv4
+        await world.relayed()
+        assert world.relays.obstacles() == []
 
     run(tmp_path, test)
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from tunnel.config import Config, Endpoint, IPNetwork
 from tunnel.doctor.finding import Nat
 from tunnel.errors import ConfigError
+from tunnel.obstacle import Reason
 from tunnel.path.network import Address, LocalNetwork
 
 
@@ -127,21 +128,19 @@ class StunFacts:
     """By [rendezvous]: nobody said that there is one."""
 
 
-Reason = Literal["", "name", "refused", "timeout", "tls", "login", "protocol", "other"]
-"""Why a server is of no use; "" where it is."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerFacts:
     """A TURN server or a broker; `error` is in the user's words, "" for success."""
 
     url: str
+    transport: str = ""
+    """Of a TURN server: "udp", "tcp" or "tls"."""
     seconds: float | None = None
     """Until it let us in."""
     error: str = ""
     reason: Reason = ""
     detail: str = ""
-    """What it gave: a relayed address; "" where nothing was asked for but a sign of life."""
+    """What a TURN server gave: a relayed address."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from tunnel.config import Config, PeerConfig
@@ -53,7 +53,7 @@ def _peer(facts: Facts, config: Config | None, tunnel: str, peer: dict[str, Any]
     configured = None
     if config is not None:
         configured = next((each for each in config.peers if each.name == name), None)
-    reason, remedy = why_not_up(facts, config, configured)
+    reason, remedy = why_not_up(facts, config, configured, peer.get("obstacles") or ())
     return Finding(
         "peer",
         State.WARNING,
@@ -64,9 +64,15 @@ def _peer(facts: Facts, config: Config | None, tunnel: str, peer: dict[str, Any]
 
 
 def why_not_up(
-    facts: Facts, config: Config | None, peer: PeerConfig | None
-) -> tuple[str, str]:  # fmt: skip
-    """The most likely reason, and what to do; from what lies here, which is half of the matter."""
+    facts: Facts,
+    config: Config | None,
+    peer: PeerConfig | None,
+    obstacles: Sequence[Mapping[str, Any]] = (),
+) -> tuple[str, str]:
+    """The most likely reason, and what to do; from what lies here, which is half of the matter.
+
+    `obstacles` are those that the tunnel itself tells of, the likeliest first.
+    """
     if not facts.network.usable.addresses:
         return "this host has no network", "see addresses above"
     if way.udp_is_blocked(facts) and not way.has_relay(facts):
@@ -82,6 +88,9 @@ def why_not_up(
             )
         if not peer.endpoint and facts.brokers and all(each.error for each in facts.brokers):
             return "no broker lets us in, and it has no endpoint", "see broker above"
+    known = next((each for each in obstacles if each.get("about") != "no-way"), None)
+    if known is not None:
+        return str(known.get("problem")), str(known.get("remedy"))
     if way.is_hard(facts) and not way.has_relay(facts):
         return (
             "our NAT is a hard one: if its NAT is, too, there is no direct way, and no relay",

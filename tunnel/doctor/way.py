@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Literal
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from tunnel.doctor.facts import Facts, ServerFacts, StunFacts
 from tunnel.doctor.finding import Finding, Nat, State
 from tunnel.doctor.network import family
 from tunnel.ice.behaviour import Filtering, Mapping, is_cgnat
 from tunnel.ice.portmap import is_translated
-
-RELAY_LINE = 'turn = [{ url = "turns:HOST:443", username = "...", password_file = "..." }] in [ice]'
+from tunnel.obstacle import RELAY_LINE, broker_remedy, relay_remedy
 
 _MAPPED = {
     Mapping.ADDRESS_DEPENDENT: "maps each host to another port",
@@ -30,8 +29,8 @@ def judge(facts: Facts) -> Iterator[Finding]:
     yield from _cgnat(facts)
     yield from _port_mapping(facts)
     yield from _stun(facts)
-    yield from _servers("turn", facts.turn)
-    yield from _servers("broker", facts.brokers)
+    yield from _relays(facts.turn)
+    yield from _brokers(facts.brokers)
 
 
 def has_relay(facts: Facts) -> bool:
@@ -40,8 +39,13 @@ def has_relay(facts: Facts) -> bool:
 
 
 def udp_is_blocked(facts: Facts) -> bool:
-    """Whether no STUN server answered on any address."""
-    return bool(facts.nats) and all(nat.behaviour.udp_blocked for nat in facts.nats)
+    """Whether no server answered over UDP on any address."""
+    silent = bool(facts.nats) and all(nat.behaviour.udp_blocked for nat in facts.nats)
+    return silent and not _relayed_by_udp(facts)
+
+
+def _relayed_by_udp(facts: Facts) -> bool:
+    return any(server.transport == "udp" and not server.error for server in facts.turn)
 
 
 def is_hard(facts: Facts) -> bool:
@@ -66,6 +70,16 @@ def _udp(facts: Facts) -> Iterator[Finding]:
             yield Finding(
                 "udp", State.NOTE, f"no STUN server answers by {', '.join(silent)}", details=details
             )
+        return
+    if _relayed_by_udp(facts):
+        yield Finding(
+            "udp",
+            State.WARNING,
+            "no STUN server answers, though UDP gets to the TURN server and back: peers behind NATs"
+            " may not be reached directly",
+            'check stun = ["HOST:3478"] in [ice]',
+            details,
+        )
         return
     hosts = {server.address.host for nat in facts.nats for server in nat.behaviour.servers}
     others = any(not server.error for server in (*facts.brokers, *facts.turn))
@@ -269,60 +283,53 @@ def _times(facts: Facts, stun: StunFacts) -> dict[str, float | None]:
     return times
 
 
-_NAMES = {"turn": "TURN server", "broker": "broker"}
-
-
-def _servers(
-    check: Literal["turn", "broker"], servers: tuple[ServerFacts, ...]
-) -> Iterator[Finding]:
+def _brokers(servers: Sequence[ServerFacts]) -> Iterator[Finding]:
     works = any(not server.error for server in servers)
     for server in servers:
-        name = f"{_NAMES[check]} {server.url}"
-        details = {
-            "url": server.url,
-            "ms": None if server.seconds is None else server.seconds * 1000,
-            "reason": server.reason or None,
-        }
+        name = f"broker {server.url}"
+        details = _details(server)
         if not server.error:
-            took = "" if server.seconds is None else f" ({_ms(server.seconds)})"
-            if check == "broker":
-                summary = f"{name} lets us in{took}"
-            elif server.detail:
-                summary = f"{name} lets us in{took}, relayed address {server.detail}"
-            else:
-                summary = f"{name} answers{took}; the credentials were not tried"
-            yield Finding(check, State.OK, summary, details=details)
-        else:
-            state = State.WARNING if works else State.PROBLEM
-            summary = f"{name}: {server.error}" + ("; another serves" if works else "")
-            yield Finding(check, state, summary, _remedy(check, server), details)
+            summary = f"{name} lets us in{_took(server)}"
+            yield Finding("broker", State.OK, summary, details=details)
+            continue
+        state = State.WARNING if works else State.PROBLEM
+        summary = f"{name}: {server.error}" + ("; another serves" if works else "")
+        yield Finding("broker", state, summary, broker_remedy(server.reason), details)
 
 
-def _remedy(check: Literal["turn", "broker"], server: ServerFacts) -> str:
-    table = "[rendezvous]" if check == "broker" else "[ice] turn"
-    match server.reason:
-        case "name":
-            return f"check the host name of url in {table}"
-        case "refused" if check == "broker":
-            return "is the broker running? To run one: martlet rendezvous"
-        case "refused":
-            return "is the server running? Check the port of its url"
-        case "timeout" if check == "broker":
-            return (
-                "a firewall may let out only some ports: try wss://HOST:443, if the broker has it"
-            )
-        case "timeout":
-            return 'a firewall may let out only some ports: try "turns:HOST:443"'
-        case "tls" if check == "broker":
-            return 'name who signed its certificate: ca_file = "/path/to/ca.pem" in [rendezvous]'
-        case "tls":
-            return "its certificate is not trusted here: install its CA, or use another server"
-        case "login":
-            return f"check username and password_file in {table}"
-        case "protocol":
-            return "something else listens there: check scheme and port of the url"
-        case _:
-            return ""
+def _relays(servers: Sequence[ServerFacts]) -> Iterator[Finding]:
+    """One for each way to each server; ways that fail alike are one."""
+    works = any(not server.error for server in servers)
+    alike: dict[tuple[str, str], list[ServerFacts]] = {}
+    for server in servers:
+        alike.setdefault((server.url, server.error or server.transport), []).append(server)
+    for same in alike.values():
+        server = same[0]
+        transports = [each.transport for each in same]
+        over = " and ".join(transport.upper() for transport in transports)
+        name = f"TURN server {server.url}" + (f" over {over}" if over else "")
+        details = _details(server) | {"transports": transports, "relayed": server.detail or None}
+        if not server.error:
+            summary = f"{name} relays for us at {server.detail}{_took(server)}"
+            yield Finding("turn", State.OK, summary, details=details)
+            continue
+        state = State.WARNING if works else State.PROBLEM
+        other = any(not each.error and each.url == server.url for each in servers)
+        more = "; another way to it serves" if other else "; another serves" if works else ""
+        summary = f"{name}: {server.error}{more}"
+        yield Finding("turn", state, summary, relay_remedy(server.reason), details)
+
+
+def _details(server: ServerFacts) -> dict[str, Any]:
+    return {
+        "url": server.url,
+        "ms": None if server.seconds is None else server.seconds * 1000,
+        "reason": server.reason or None,
+    }
+
+
+def _took(server: ServerFacts) -> str:
+    return "" if server.seconds is None else f" ({_ms(server.seconds)})"
 
 
 def _ms(seconds: float) -> str:

@@ -436,6 +436,14 @@ class Agent:
         pair = self._list.pairs.get(key)
         return None if pair is None else pair.snapshot()
 
+    def named(self) -> list[Candidate]:
+        """The peer's own, as it told them."""
+        return [
+            Candidate(remote.address, remote.kind, remote.rank, remote.metered)
+            for remote in self._remotes
+            if remote.named
+        ]
+
     def candidates(self) -> tuple[int, tuple[Candidate, ...]]:
         """Our own for the peer, best first, and their generation, which grows at each change."""
         return self._own.generation, self._own.told

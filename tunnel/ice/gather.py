@@ -40,6 +40,8 @@ PACE = 0.005  # seconds between the first questions, as between first checks
 MAX_SERVERS = 4
 ONE_MOMENT = 10.0
 """Seconds in which a mapping stays what it is: shorter than NATs keep those that are not used."""
+SILENT_TRIES = 5
+"""Of a question, after which its silence means something: 1.5 s while `busy`, else 7.5 s."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +74,8 @@ class _Question:
     answered_at: float = 0.0
     once: bool = False
     """For the sake of comparison: the answer tells no address."""
+    vain: bool = False
+    """Whether it has been asked for long enough without an answer."""
 
 
 class Gatherer:
@@ -151,6 +155,7 @@ class Gatherer:
                 continue
             wait = (BUSY_RTO if self._busy else FIRST_RTO) * 2**question.tries
             question.tries += 1
+            question.vain = question.vain or question.tries >= SILENT_TRIES
             question.tried_at = now
             question.due = now + (LAST_WAIT if question.tries == TRIES else wait)
             self._out.append((question.key, check.server_request(question.transaction)))
@@ -164,6 +169,13 @@ class Gatherer:
     def nat(self) -> Nat | None:
         """In front of the best base whose NAT is known; of IPv4, as IPv6 has none."""
         return self._nat
+
+    @property
+    def silent(self) -> bool:
+        """Whether no server answers, from anywhere: they are down, or UDP is blocked."""
+        return bool(self._questions) and all(
+            each.vain for each in self._questions.values() if not each.once
+        )
 
     def get_timer(self) -> float | None:
         return min(map(self._due, self._questions.values()), default=None)
@@ -216,6 +228,7 @@ class Gatherer:
         question.transaction = b""
         question.answer = answer
         question.answered_at = now
+        question.vain = answer is None
         if question.once:
             del self._questions[question.key]
 

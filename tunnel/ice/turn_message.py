@@ -18,6 +18,7 @@ from typing import Any
 
 from aioice import stun
 
+from tunnel.obstacle import Reason
 from tunnel.path.network import Address
 
 FIRST_CHANNEL, LAST_CHANNEL = 0x4000, 0x4FFF  # RFC 8656 section 12
@@ -58,6 +59,14 @@ class Problem(Enum):
     MISMATCH = "mismatch"  # another port may do at once
     MOVED = "moved"  # to another server
 
+
+REASONS: dict[Problem, Reason] = {
+    Problem.NO_ANSWER: "timeout",
+    Problem.CREDENTIALS: "login",
+    Problem.FULL: "quota",
+    Problem.UNSUPPORTED: "unsupported",
+}
+"""What can be done about it; of the others, nothing in general."""
 
 ERRORS: dict[int, tuple[Problem, str]] = {
     300: (Problem.MOVED, "the server names another one in its place"),

@@ -236,6 +236,12 @@ class PathConnection(QuicConnection):
         context = getattr(self, "tls", None)
         return context.peer_key if isinstance(context, PinnedContext) else None
 
+    @property
+    def refused_key(self) -> bytes | None:
+        """The raw public key the peer has proved to hold, and that is not an accepted one."""
+        context = getattr(self, "tls", None)
+        return context.refused_key if isinstance(context, PinnedContext) else None
+
     def export(self, label: bytes, context: bytes, length: int) -> bytes:
         """Keying material that only the two ends of this connection have (RFC 8446 section 7.5).
 

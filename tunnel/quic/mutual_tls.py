@@ -21,6 +21,7 @@ class PinnedContext(tls.Context):
 
     accepts: KeyPredicate
     peer_key: bytes | None
+    refused_key: bytes | None
 
     @classmethod
     def adopt(cls, context: tls.Context, *, is_client: bool, accepts: KeyPredicate) -> None:
@@ -28,7 +29,7 @@ class PinnedContext(tls.Context):
         context.__class__ = cls
         assert isinstance(context, cls)
         context.accepts = accepts
-        context.peer_key = None
+        context.peer_key = context.refused_key = None
         context._request_client_certificate = not is_client
 
     def _check_certificate_verify_signature(self, verify: tls.CertificateVerify) -> None:
@@ -39,6 +40,7 @@ class PinnedContext(tls.Context):
             raise tls.AlertUnsupportedCertificate("an Ed25519 key is required")
         raw = key.public_bytes(Encoding.Raw, PublicFormat.Raw)
         if not self.accepts(raw):
+            self.refused_key = raw
             raise tls.AlertBadCertificate("the public key is not an expected one")
         self.peer_key = raw
 

@@ -23,6 +23,7 @@ from collections.abc import Callable
 from typing import Protocol, TypeAlias
 
 from tunnel.ice.turn_message import CHANNEL_HEADER, FramingError, cut
+from tunnel.obstacle import Reason, certificate_reason
 from tunnel.path.network import Address
 from tunnel.shell import clock
 from tunnel.shell.udp import SOCKET_MARK, UDP_SEGMENT, bind_device, open_udp, segment_size
@@ -42,6 +43,7 @@ UNSENT_BYTES = 64 << 10
 """In the kernel: 100 ms at 5 Mbit/s, and at 1 Gbit/s a wake-up every 500 us."""
 CONNECT_PATIENCE = 5.0
 """Seconds until a stream that is not established is given up: two lost SYNs."""
+CLOSED = "the server has closed the connection"
 STREAM_BUFFER = 256 << 10
 """Read at a time; half of it holds any message."""
 
@@ -76,9 +78,12 @@ class UdpCarrier:
         server: Address,
         *,
         deliver: Deliver,
+        refused: Callable[[], None] | None = None,
     ) -> None:
+        """`refused`: nothing listens there, by ICMP, which ends nothing by itself."""
         self.dropped = 0
         self._deliver = deliver
+        self._refused = refused
         self._loop = asyncio.get_running_loop()
         self._segments = True
         self._socket = open_udp(ip, 0, interface)
@@ -136,7 +141,11 @@ class UdpCarrier:
         if code in (errno.EAGAIN, errno.ENOBUFS):
             self.dropped += 1
             return 0
-        return 0 if code == errno.ECONNREFUSED else code
+        if code != errno.ECONNREFUSED:
+            return code
+        if self._refused is not None:
+            self._refused()
+        return 0
 
     def close(self) -> None:
         self._loop.remove_reader(self._socket.fileno())
@@ -149,7 +158,8 @@ class UdpCarrier:
                 length, control, _, _ = self._socket.recvmsg_into([buffer[position:]], _CONTROL)
             except BlockingIOError:
                 break
-            except OSError:  # ICMP; the answers that do not come say the same
+            except OSError as error:  # ICMP; the answers that do not come say the same
+                self._failed(error)
                 continue
             segment = segment_size(control) or length
             for at in range(position, position + length, max(segment, 1)):
@@ -177,7 +187,7 @@ class StreamCarrier:
         host: str,
         ready: Callable[[], None],
         deliver: Deliver,
-        lost: Callable[[str], None],
+        lost: Callable[[Reason, str], None],
     ) -> None:
         self.dropped = 0
         self._ready, self._deliver, self._lost = ready, deliver, lost
@@ -200,7 +210,7 @@ class StreamCarrier:
             raise
         self._fd = self._socket.fileno()
         self._patience = self._loop.call_later(
-            CONNECT_PATIENCE, self._fail, "no connection in time"
+            CONNECT_PATIENCE, self._fail, "timeout", "no connection in time"
         )
         self._loop.add_writer(self._fd, self._connected)
 
@@ -250,7 +260,7 @@ class StreamCarrier:
         except (BlockingIOError, ssl.SSLWantWriteError, ssl.SSLWantReadError):
             pass
         except OSError as error:
-            self._fail(_words(error))
+            self._fail(*explain(error))
             return
         if bool(self._queue) != self._writing:
             self._writing = bool(self._queue)
@@ -262,23 +272,23 @@ class StreamCarrier:
     # ---- receiving ----
 
     def _readable(self) -> None:
-        problem = ""
+        problem: tuple[Reason, str] | None = None
         while self._filled < STREAM_BUFFER // 2:
             try:
                 length = self._socket.recv_into(self._buffer[self._filled :])
             except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError):
                 break
             except OSError as error:
-                problem = _words(error)
+                problem = explain(error)
                 break
             if not length:
-                problem = "the server has closed the connection"
+                problem = ("other", CLOSED)
                 break
             self._filled += length
         try:
             messages, used = cut(self._buffer[: self._filled])
         except FramingError as error:
-            self._fail(f"this is no TURN server: {error}")
+            self._fail("protocol", f"this is no TURN server: {error}")
             return
         try:
             if messages:
@@ -288,15 +298,15 @@ class StreamCarrier:
             if used and rest:
                 self._buffer[:rest] = bytes(self._buffer[used : self._filled])
             self._filled = rest
-        if problem:
-            self._fail(problem)
+        if problem is not None:
+            self._fail(*problem)
 
     # ---- beginning and end ----
 
     def _connected(self) -> None:
         code = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if code:
-            self._fail(_words(OSError(code, os.strerror(code))))
+            self._fail(*explain(OSError(code, os.strerror(code))))
             return
         self._loop.remove_writer(self._fd)
         if self._context is None:
@@ -308,7 +318,7 @@ class StreamCarrier:
                 self._socket, server_hostname=self._host, do_handshake_on_connect=False
             )
         except (OSError, ValueError) as error:
-            self._fail(_words(error))
+            self._fail(*explain(error))
             return
         self._loop.add_reader(self._fd, self._shake)
         self._shake()
@@ -324,7 +334,7 @@ class StreamCarrier:
             self._loop.add_writer(self._fd, self._shake)
             return
         except (OSError, ValueError) as error:
-            self._fail(_words(error))
+            self._fail(*explain(error))
             return
         self._loop.remove_writer(self._fd)
         self._establish()
@@ -337,10 +347,10 @@ class StreamCarrier:
         if not self._closed:
             self._write()
 
-    def _fail(self, text: str) -> None:
+    def _fail(self, reason: Reason, text: str) -> None:
         if not self._closed:
             self.close()
-            self._lost(text)
+            self._lost(reason, text)
 
     def close(self) -> None:
         if self._closed:
@@ -371,12 +381,19 @@ def _open_tcp(ip: str, interface: str) -> socket.socket:
     return made
 
 
-def _words(error: Exception) -> str:
+def explain(error: Exception) -> tuple[Reason, str]:
+    """What went wrong on the way to a server, in the user's words."""
     if isinstance(error, ssl.SSLCertVerificationError):
-        return f"the server's certificate is not trusted: {error.verify_message}"
+        reason = certificate_reason(error.verify_code)
+        return reason, f"the server's certificate is not trusted: {error.verify_message}"
     if isinstance(error, ssl.SSLError):
-        return f"no TLS with the server: {(error.reason or 'it broke off').lower()}"
-    if isinstance(error, OSError):
-        known = {errno.ECONNREFUSED: "the server refuses the connection"}
-        return known.get(error.errno or 0) or error.strerror or str(error)
-    return str(error)
+        why = (error.reason or "it broke off").lower().replace("_", " ")
+        return "protocol", f"no TLS with the server: {why}"
+    code = error.errno if isinstance(error, OSError) else None
+    if code == errno.ECONNREFUSED:
+        return "refused", "the server refuses the connection: nothing listens on that port"
+    if code == errno.ETIMEDOUT:
+        return "timeout", "no connection in time"
+    if code in (errno.ECONNRESET, errno.EPIPE):
+        return "other", CLOSED
+    return "other", getattr(error, "strerror", None) or str(error)

@@ -31,6 +31,7 @@ from tunnel.events import (
     BenchAnswer,
     BenchWanted,
     NodeEvent,
+    Obstructed,
     PeerConnecting,
     PeerHolding,
     PeerMigrated,
@@ -214,8 +215,14 @@ class Driver:
             **crypto.report(),
             "tun_offload": [kind for kind in ("tcp", "udp") if getattr(offload, kind)],
         }
+        obstacles = self._relays.obstacles()
         if self._signaller is not None:
             status["rendezvous"] = {**status.get("rendezvous", {}), **self._signaller.status()}
+            obstacles = [*self._signaller.obstacles(), *obstacles]
+        status["obstacles"] = [
+            *(obstacle.as_json() for obstacle in obstacles),
+            *status.get("obstacles", []),
+        ]
         status |= {name: follower.status() for name, follower in self._followers.items()}
         status["relays"] = self._relays.status()
         engine = {} if self._stopped.done() else self._io.counters  # it goes with close()
@@ -476,8 +483,13 @@ class Driver:
                 _log.warning("no path, holding", peer=peer)
             case PeerConnecting(peer):
                 _log.info("connecting", peer=peer)
-            case PeerRefused(peer, reason):
-                _log.warning("refused", peer=peer or "unknown", reason=reason)
+            case Obstructed(peer, obstacle):
+                _log.warning(
+                    "obstacle" if peer is None else "cannot reach peer", peer=peer,
+                    problem=obstacle.problem, remedy=obstacle.remedy or None,
+                )  # fmt: skip
+            case PeerRefused(peer, reason, key):
+                _log.warning("refused", peer=peer or "unknown", reason=reason, key=key or None)
             case PeerMigrated(record):
                 _log.info(
                     "migrated",

@@ -31,8 +31,9 @@ from urllib.parse import urlsplit
 
 from tunnel.config import RendezvousConfig
 from tunnel.errors import MartletError
+from tunnel.obstacle import Obstacle, Reason, broker_remedy
 from tunnel.shell.log import Log
-from tunnel.shell.mqtt_dial import Dialler, Names, address_is_gone, explain, race
+from tunnel.shell.mqtt_dial import Dialler, Names, address_is_gone, explain, race, reason_of
 from tunnel.shell.mqtt_link import Link, LinkError
 from tunnel.shell.secret import read_password
 
@@ -107,6 +108,10 @@ class Signaller:
         self._since = time.time()
         self._served_since = 0.0
         self._error: str | None = None
+        self._reason: Reason = ""
+        self._failures_told: dict[str, str] = {}
+        self._round_errors: dict[str, tuple[str, Reason]] = {}
+        """By broker, what is wrong with it: as the log was told, and in the round under way."""
         self._dropped = 0
         self._connections = 0
 
@@ -162,7 +167,7 @@ class Signaller:
         self._failures = 0
         link = self._serving
         if link is not None and address_is_gone(link.local):
-            self._error = "the network changed"
+            self._error, self._reason = "the network changed", ""
             self._let_go(link, dead=True)
             link = self._serving
         # An attempt that may still succeed is left alone; a wait is over.
@@ -184,10 +189,18 @@ class Signaller:
             "state": self._state,
             "since": self._since,
             "error": self._error,
+            "remedy": broker_remedy(self._reason) if self._error else "",
             "rtt_ms": None if rtt is None else rtt * 1000,
             "connections": self._connections,
             "dropped": self._dropped,
         }
+
+    def obstacles(self) -> list[Obstacle]:
+        """Why no broker serves us."""
+        if self._state == "connected" or not self._error:
+            return []
+        url = self._order[0] if self._serving is None else self._serving.url
+        return [Obstacle("broker", f"rendezvous {url}: {self._error}", broker_remedy(self._reason))]
 
     # What links report
 
@@ -214,7 +227,8 @@ class Signaller:
             self._serve(link)
         self._patience = 1.0
         self._served_since = self._loop.time()
-        self._error = None
+        self._error, self._reason = None, ""
+        self._failures_told.clear()
         self._set_state()
         self._watch()
         let_in = self._links[link]
@@ -231,7 +245,7 @@ class Signaller:
 
     def ended(self, link: Link, reason: str) -> None:
         error = LinkError(reason)
-        self._error = explain(error, link.url)
+        self._error, self._reason = explain(error, link.url), reason_of(error, link.url)
         if not link.accepted:
             # Was it what came behind CONNECT? The next attempt will show.
             (self._careful.add if link.eager else self._careful.discard)(link.url)
@@ -325,7 +339,7 @@ class Signaller:
             self._timer = self._loop.call_later(left + 0.001, self._watch)
             return
         self._doubted = asked
-        self._error = f"{urlsplit(link.url).hostname} is silent"
+        self._error, self._reason = f"{urlsplit(link.url).hostname} is silent", "timeout"
         self._set_state()
         # A broker that lets in at once and acknowledges late, or nothing, would be dialled without
         # end; a change of the network is another matter.
@@ -337,7 +351,7 @@ class Signaller:
     def _believe(self) -> None:
         """It did answer after all."""
         self._doubted = None
-        self._error = None
+        self._error, self._reason = None, ""
         if not self._changed:
             self._patience = min(MOST_PATIENCE, 2 * self._patience)
         if self._round is not None:
@@ -382,10 +396,20 @@ class Signaller:
                 self._waiting = True
                 await asyncio.sleep(delay)
                 self._waiting = False
+            self._round_errors.clear()
             with contextlib.suppress(OSError, LinkError, MartletError):
                 await race([partial(self._try, url) for url in self._order], HEAD_START)
                 return
+            self._tell_failures()
             delay = self._back_off()
+
+    def _tell_failures(self) -> None:
+        """A round was in vain: say why, once for each broker and reason."""
+        for url, (error, reason) in self._round_errors.items():
+            if self._failures_told.get(url) != error:
+                self._failures_told[url] = error
+                remedy = broker_remedy(reason) or None
+                _log.warning("no broker", broker=url, error=error, remedy=remedy)
 
     def _back_off(self) -> float:
         delay = min(LAST_RETRY, FIRST_RETRY * 2.0**self._failures)
@@ -421,7 +445,8 @@ class Signaller:
                 await let_in
         except BaseException as error:
             if not isinstance(error, asyncio.CancelledError):
-                self._error = explain(error, url)
+                self._error, self._reason = explain(error, url), reason_of(error, url)
+                self._round_errors[url] = self._error, self._reason
                 _log.debug("cannot use broker", broker=url, error=self._error)
             if link is not None:
                 self._let_go(link)

@@ -26,6 +26,7 @@ from urllib.parse import urlsplit
 
 from tunnel.config_values import MQTT_PORTS
 from tunnel.errors import ConfigError
+from tunnel.obstacle import Reason, certificate_reason
 from tunnel.path.network import Address, canonical_ip
 from tunnel.shell.mqtt_link import LinkError
 from tunnel.shell.udp import SOCKET_MARK
@@ -271,6 +272,28 @@ def explain(error: BaseException, url: str) -> str:
             return f"cannot reach {host}: {error.strerror or error}"
         case _:
             return f"cannot use {host}: {type(error).__name__}: {error}"
+
+
+def reason_of(error: BaseException, url: str) -> Reason:
+    """The same, as far as it matters to what is to be done."""
+    tls = urlsplit(url).scheme in ("mqtts", "wss")
+    match error:
+        case LinkError():
+            return "login" if "user name or password" in str(error) else "protocol"
+        case ssl.SSLCertVerificationError():
+            return certificate_reason(error.verify_code)
+        case TimeoutError():
+            return "timeout"
+        case ssl.SSLError():
+            return "protocol"
+        case ConnectionRefusedError():
+            return "refused"
+        case ConnectionError() if tls:
+            return "protocol"
+        case socket.gaierror():
+            return "name"
+        case _:
+            return "other"
 
 
 def _families_in_turn(addresses: Sequence[Address]) -> list[Address]:

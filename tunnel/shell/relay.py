@@ -37,7 +37,8 @@ from tunnel.config_values import parse_turn_url
 from tunnel.errors import ConfigError
 from tunnel.ice.candidate import Relay
 from tunnel.ice.turn import Allocated, Allocation, Ended, Received
-from tunnel.ice.turn_message import CHANNEL_HEADER, Problem
+from tunnel.ice.turn_message import CHANNEL_HEADER, REASONS, Problem
+from tunnel.obstacle import Obstacle, Reason, relay_remedy
 from tunnel.path.network import Address, LocalNetwork, PathKey, is_usable_remote
 from tunnel.shell import clock
 from tunnel.shell.carrier import MAX_SEGMENTS, Carrier, StreamCarrier, UdpCarrier
@@ -246,9 +247,22 @@ class Relays:
         named = {row["server"] for row in rows}
         for server in self._servers:
             if server.url not in named:
-                error = "" if server in self._resolved else f"cannot resolve {server.endpoint.host}"
-                rows.append(_row(server.url, error=error or "no route to the server"))
+                known = server in self._resolved
+                error = "no route to it" if known else f"cannot resolve {server.endpoint.host}"
+                remedy = "" if known else relay_remedy("name")
+                rows.append(_row(server.url, error=error, remedy=remedy))
         return rows
+
+    def obstacles(self) -> list[Obstacle]:
+        """Of each server that gives us no relay, why."""
+        rows = self.status()
+        given = {row["server"] for row in rows if row["address"] is not None}
+        found = [
+            Obstacle("relay", f"TURN server {row['server']}: {row['error']}", row["remedy"])
+            for row in rows
+            if row["error"] and row["server"] not in given
+        ]
+        return list(dict.fromkeys(found))
 
     def close(self) -> None:
         """Give all addresses back."""
@@ -332,6 +346,8 @@ class _Slot:
         self._ways = found
         self._left: list[Way] = []
         self._attempts: list[_Attempt] = []
+        self.failures: dict[Way, tuple[Reason, str]] = {}
+        """What became of the last attempt at each way; told until one succeeds."""
         self._used: _Attempt | None = None
         self._used_since = 0.0
         self._failures = 0
@@ -348,6 +364,7 @@ class _Slot:
         self.device = device
         if found != self._ways:
             self._ways = found
+            self.failures = {way: why for way, why in self.failures.items() if way in found}
             if self._used is None or self._used.way not in found:
                 self.begin()
 
@@ -446,7 +463,6 @@ class _Attempt:
         self.way = way
         self.problem: Problem | None = None
         self._slot = slot
-        self._error = ""
         self._carrier: Carrier | None = None
         self._allocation: Allocation | None = None
         self._live: _Live | None = None
@@ -478,9 +494,10 @@ class _Attempt:
         try:
             password = way.server.password()
         except ConfigError as error:
-            return self._give_up(Problem.REFUSED, f"{way.server.config.password_file}: {error}")
+            text = f"{way.server.config.password_file}: {error}"
+            return self._give_up(Problem.REFUSED, text, "other")
         except ValueError:
-            return self._give_up(Problem.REFUSED, "the password is not UTF-8 text")
+            return self._give_up(Problem.REFUSED, "the password is not UTF-8 text", "other")
         self._allocation = Allocation(
             username=way.server.config.username,
             password=password,
@@ -506,11 +523,12 @@ class _Attempt:
                 )
                 self._ready()
         except OSError as error:
-            return self._give_up(Problem.NO_ANSWER, error.strerror or str(error))
+            return self._give_up(Problem.NO_ANSWER, error.strerror or str(error), "other")
         return True
 
-    def _give_up(self, problem: Problem, text: str) -> bool:
-        self.problem, self._error = problem, text
+    def _give_up(self, problem: Problem, text: str, reason: Reason) -> bool:
+        self.problem = problem
+        self._slot.failures[self.way] = reason, text
         self._close_carrier()
         return False
 
@@ -542,6 +560,7 @@ class _Attempt:
     def status(self) -> dict[str, Any]:
         place, live = self._slot.place, self._live
         state = "allocated" if live is not None else "asking" if self._carrier else "failed"
+        reason, error = self._slot.failures.get(self.way, ("", ""))
         return _row(
             self.way.server.url,
             transport=self.way.transport,
@@ -549,7 +568,8 @@ class _Attempt:
             interface=place.interface,
             address=None if live is None else str(live.relay.address),
             state=state,
-            error=self._error if state == "failed" else "",
+            error=error,
+            remedy=relay_remedy(reason),
         )
 
     # ---- the allocation ----
@@ -559,8 +579,8 @@ class _Attempt:
         self._allocation.start(clock.now())
         self.flush()
 
-    def _lost(self, text: str) -> None:
-        self._ended(Problem.NO_ANSWER, text)
+    def _lost(self, reason: Reason, text: str) -> None:
+        self._ended(Problem.NO_ANSWER, text, reason=reason)
 
     def _deliver(self, messages: list[memoryview]) -> None:
         allocation, live = self._allocation, self._live
@@ -630,25 +650,37 @@ class _Attempt:
         try:
             live = _Live(relays, relay, self._allocation, self._carrier, self.flush)
         except OSError as error:
-            self._ended(Problem.NO_ANSWER, f"no socket: {error.strerror}")
+            self._ended(Problem.NO_ANSWER, f"no socket: {error.strerror}", reason="other")
             return
         if not live.begin():
             self._ended(Problem.REFUSED, f"the address {relayed} is in use already")
             return
         self._live = live
+        self._slot.failures.pop(self.way, None)
         fields = {"relayed": relayed, "server": self.way.server.url, "over": self.way.transport}
         _log.info("relay", **fields, local=place.ip)
         self._slot.succeeded(self)
 
-    def _ended(self, problem: Problem, text: str, elsewhere: Address | None = None) -> None:
+    def _ended(
+        self,
+        problem: Problem,
+        text: str,
+        elsewhere: Address | None = None,
+        *,
+        reason: Reason | None = None,
+    ) -> None:
+        if reason is None:
+            reason = REASONS.get(problem, "other")
         was_live = self._live is not None
         if was_live or problem is not Problem.UNSUPPORTED:
-            _log.warning(
+            # A way that fails again and again for the same reason is told of once.
+            old = not was_live and self._slot.failures.get(self.way) == (reason, text)
+            (_log.debug if old else _log.warning)(
                 "relay lost" if was_live else "no relay",
                 server=self.way.server.url, over=self.way.transport, local=self._slot.place.ip,
-                error=text,
+                error=text, remedy=relay_remedy(reason) or None,
             )  # fmt: skip
-        self._give_up(problem, text)
+        self._give_up(problem, text, reason)
         again = self.way.address if problem is Problem.MISMATCH else elsewhere
         if again is not None and not is_usable_remote(again.host):
             again = None
@@ -847,6 +879,7 @@ def _row(server: str, **known: Any) -> dict[str, Any]:
         "address": None,
         "state": "waiting",
         "error": "",
+        "remedy": "",
     }
     return row | known
 

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import socket
-import ssl
 
 from tunnel.config import RendezvousConfig
-from tunnel.doctor.facts import Reason, ServerFacts
+from tunnel.doctor.facts import ServerFacts
 from tunnel.errors import ConfigError
 from tunnel.shell import clock
-from tunnel.shell.mqtt_dial import Dialler, explain
+from tunnel.shell.mqtt_dial import Dialler, explain, reason_of
 from tunnel.shell.mqtt_link import Link, LinkError
 from tunnel.shell.secret import read_password
 
@@ -42,7 +40,7 @@ async def ask(rendezvous: RendezvousConfig, url: str, limit: float) -> ServerFac
     except ConfigError as error:
         return ServerFacts(url=url, error=str(error), reason="other")
     except (OSError, LinkError, TimeoutError) as error:
-        return ServerFacts(url=url, error=explain(error, url), reason=_reason(error, url))
+        return ServerFacts(url=url, error=explain(error, url), reason=reason_of(error, url))
     finally:
         if visit.link is not None:
             visit.link.close()
@@ -77,22 +75,3 @@ class _Visit:
     def ended(self, link: Link, reason: str) -> None:
         if not self.let_in.done():
             self.let_in.set_exception(LinkError(reason))
-
-
-def _reason(error: BaseException, url: str) -> Reason:
-    tls = url.startswith(("mqtts:", "wss:"))
-    match error:
-        case TimeoutError():
-            return "timeout"
-        case LinkError():
-            return "login" if "user name or password" in str(error) else "protocol"
-        case ssl.SSLError():
-            return "tls"
-        case ConnectionRefusedError():
-            return "refused"
-        case ConnectionError() if tls:
-            return "tls"
-        case socket.gaierror():
-            return "name"
-        case _:
-            return "other"

@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from tunnel.config import Config, Endpoint, RendezvousConfig, check_own_key
+from tunnel.config_values import parse_turn_url
 from tunnel.doctor.facts import (
     Facts,
     FileFacts,
@@ -85,8 +86,9 @@ async def gather(request: Request, progress: Progress) -> Facts:
         for url in rendezvous.url
     ]
     relays = [
-        tasks.start(f"relay {turn.url}", relay.ask(turn, LIMIT - 0.5))
+        tasks.start(f"relay {turn.url} ({transport})", relay.ask(turn, transport, LIMIT - 0.5))
         for turn in (() if config is None else config.ice.turn)
+        for transport in parse_turn_url(turn.url)[1]
     ]
     servers = _stun_servers(request)
     slots = asyncio.Semaphore(LOOKUPS)
@@ -206,7 +208,7 @@ def _names(request: Request, servers: Iterable[tuple[Endpoint, bool]]) -> dict[s
         for url in rendezvous.url:
             use(Endpoint((urlsplit(url).hostname or "").strip("[]"), 0), "broker")
     for turn in request.config.ice.turn if request.config is not None else ():
-        use(relay.server_of(turn.url)[0], "TURN server")
+        use(parse_turn_url(turn.url)[0], "TURN server")
     for endpoint, implied in servers:
         if not implied:
             use(endpoint, "STUN server")
