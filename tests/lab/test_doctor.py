@@ -447,7 +447,7 @@ def test_a_peer_that_is_not_up_gets_a_reason(hosts: tuple[Host, Host]) -> None:
     a.up()
     report = doctor(a.space, str(a.config))
     assert report.one("peer")["state"] == "warning"
-    assert "the other host may be off" in report.one("peer")["summary"]
+    assert "it was dialled at 192.0.2.2:4117, and did not answer" in report.one("peer")["summary"]
     assert report.code == 0
 
 

@@ -245,13 +245,12 @@ def test_what_the_server_says_no_to_is_told(make_scenario: MakeScenario) -> None
     # The certificate is nobody's that a system trusts.
     scenario.pair.environment = {**scenario.pair.environment, "SSL_CERT_FILE": "/dev/null"}
     scenario.up()
-    told: dict[str, str] = {}
 
-    def all_told() -> bool:  # at some time: what failed is asked again and again
-        told.update({row["server"]: row["error"] for row in relays(scenario, state="failed")})
-        return len(told) >= 3
+    def errors() -> dict[str, str]:
+        return {row["server"]: row["error"] for row in relays(scenario) if row["error"]}
 
-    until(all_told, lambda: relays(scenario), PATIENCE)
+    until(lambda: len(errors()) == 3, lambda: relays(scenario), PATIENCE)
+    told = errors()
     assert "refuses the user name or the password" in told[server.url()]
     assert told[nobody].startswith("the server refuses the connection")
     assert "certificate is not trusted" in told[server.url(secure=True)]

@@ -384,8 +384,15 @@ class _Slot:
         return sum(attempt.dropped for attempt in self._attempts)
 
     def status(self) -> list[dict[str, Any]]:
-        """A way that waits for its turn is nothing to tell of."""
-        return [attempt.status() for attempt in self._attempts if attempt.worth_telling]
+        """A way that waits for its turn is nothing to tell of, unless it has failed before."""
+        told = [attempt for attempt in self._attempts if attempt.worth_telling]
+        tried = {attempt.way for attempt in self._attempts}
+        told += [
+            _Attempt(self, way)
+            for way, (reason, _) in self.failures.items()
+            if way not in tried and reason != "unsupported"
+        ]
+        return [attempt.status() for attempt in told]
 
     def _stop(self) -> None:
         self._cancel()
