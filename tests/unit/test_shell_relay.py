@@ -25,8 +25,9 @@ from tunnel.config import Endpoint, TurnConfig
 from tunnel.config_values import parse_turn_url
 from tunnel.ice.candidate import Relay
 from tunnel.path.network import Address, LocalAddress, LocalNetwork, PathKey, Route
-from tunnel.shell import carrier, clock, relay
-from tunnel.shell.relay import Place, Relays, Server, Way, places, ways
+from tunnel.shell import carrier, clock
+from tunnel.shell.relay import Relays, attempt, live, slot
+from tunnel.shell.relay.ways import Place, Server, Way, places, ways
 from tunnel.shell.udp import UDP_SEGMENT, UdpSocket
 
 PEER = Address("198.51.100.1", 4117)
@@ -162,8 +163,8 @@ class World:
 @pytest.fixture(autouse=True)
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     """What waits for seconds in life."""
-    monkeypatch.setattr(relay, "HEAD_START", 0.1)
-    monkeypatch.setattr(relay, "FIRST_RETRY", 0.05)
+    monkeypatch.setattr(slot, "HEAD_START", 0.1)
+    monkeypatch.setattr(slot, "FIRST_RETRY", 0.05)
 
 
 def run(
@@ -349,7 +350,7 @@ def test_tls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         await world.until(lambda: world.rows(state="failed"))
         assert "certificate is not trusted" in world.rows(state="failed")[0]["error"]
         world.relays.close()
-        monkeypatch.setattr(relay, "_contexts", [])
+        monkeypatch.setattr(attempt, "_contexts", [])
         monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
         world.begin(url)
         client = await world.relayed()
@@ -357,7 +358,7 @@ def test_tls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         await world.until(lambda: client.server.sent)
         assert world.rows(state="allocated", transport="tls")
 
-    monkeypatch.setattr(relay, "_contexts", [])
+    monkeypatch.setattr(attempt, "_contexts", [])
     run(tmp_path, test, context=context)
 
 
@@ -482,7 +483,7 @@ def test_the_second_server_serves_when_the_first_cannot(tmp_path: Path) -> None:
 
 
 def test_another_server_in_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(relay, "is_usable_remote", lambda host: True)
+    monkeypatch.setattr(attempt, "is_usable_remote", lambda host: True)
 
     async def test(world: World) -> None:
         other = await LoopServer().start()
@@ -622,7 +623,7 @@ def test_what_waits_too_long_lets_nothing_more_in(
 
 
 def test_idle_shims_make_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(relay, "MAX_SHIMS", 2)
+    monkeypatch.setattr(live, "MAX_SHIMS", 2)
 
     async def test(world: World) -> None:
         world.begin()
@@ -630,7 +631,7 @@ def test_idle_shims_make_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         keys = [PathKey(RELAYED, Address(PEER.host, 1000 + n)) for n in range(3)]
         found = [world.relays.socket_of(key) for key in keys]
         assert [each is not None for each in found] == [True, True, False]
-        monkeypatch.setattr(relay, "SHIM_IDLE", -1.0)
+        monkeypatch.setattr(live, "SHIM_IDLE", -1.0)
         assert world.relays.socket_of(keys[2]) is not None
         assert found[0] is not None
         assert world.relays.path_of(found[0][0].local, found[0][1]) is None

@@ -23,7 +23,7 @@ from tunnel.path.network import Address, is_usable_remote
 from tunnel.shell import clock
 from tunnel.shell.carrier import CLOSED, Carrier, StreamCarrier, UdpCarrier, explain
 from tunnel.shell.doctor.threads import in_thread
-from tunnel.shell.relay import Server
+from tunnel.shell.relay.ways import Server
 from tunnel.shell.resolver import lookup
 
 ADDRESSES = 2  # of one server
