@@ -77,7 +77,6 @@ CONFIG_DIRECTORY = Path("/etc/martlet")
 STUN_PORT = 3478  # RFC 8489 section 18.6
 MINIMUM_MTU_IPV4 = 576  # RFC 791 section 3.2: what every host accepts
 MINIMUM_MTU_IPV6 = 1280  # RFC 8200 section 5: Linux takes IPv6 off an interface below this
-MAXIMUM_MTU = 65535
 
 Redundancy: TypeAlias = Literal["off", "interactive", "all"]
 
