@@ -174,6 +174,8 @@ class Node:
         peer = self._peer(config, owner, ())
         self.peers[config.name] = self._by_key[config.public_key.raw] = peer
         self._forbid()
+        if self.meeting is not None:
+            self.meeting.add_peer(config.public_key.raw)
         if self._started:
             peer.network_changed(self._surroundings, now)
             self._tell_mapped(peer, now)
