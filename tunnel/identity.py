@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import os
-import stat
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
@@ -23,6 +22,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from cryptography.x509.oid import NameOID
 
 from tunnel.errors import ConfigError, LocalError
+from tunnel.private_file import read_private
 
 KEY_TYPE = "ssh-ed25519"
 _BLOB_PREFIX = b"\x00\x00\x00\x0bssh-ed25519\x00\x00\x00\x20"  # RFC 8709 section 4
@@ -116,7 +116,7 @@ class Identity:
         Raises ConfigError, with the command that mends it, when the file is missing, unreadable,
         open to others, encrypted, or not an Ed25519 key in OpenSSH format.
         """
-        data = _read_private_file(path)
+        data = _read_key_file(path)
         make_one = "make one with `martlet keygen PATH`"
         try:
             key = serialization.load_ssh_private_key(data, password=None)
@@ -206,36 +206,15 @@ class Identity:
         return f"Identity({self.public_key.fingerprint})"
 
 
-def _read_private_file(path: str | Path) -> bytes:
+def _read_key_file(path: str | Path) -> bytes:
     """The content of a file that nobody but its owner can read. Raises ConfigError."""
-    try:
-        # Not blocking, or a FIFO would stop us here. Mode and content are of the same open file.
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        try:
-            mode = os.fstat(fd).st_mode
-            data = os.read(fd, _KEY_FILE_LIMIT + 1) if stat.S_ISREG(mode) else b""
-        finally:
-            os.close(fd)
-    except FileNotFoundError:
-        raise ConfigError(
-            "there is no such private key file",
-            file=path,
-            remedy=f"make one with `martlet keygen {path}`",
-        ) from None
-    except OSError as error:
-        raise ConfigError(
-            f"cannot read the private key: {error.strerror}",
-            file=path,
-            remedy=f"check with `ls -l {path}` who may read it",
-        ) from None
-    if not stat.S_ISREG(mode):
-        raise ConfigError("this is not a regular file", file=path, remedy="name a key file")
-    if mode & 0o077:
-        raise ConfigError(
-            f"others may use this private key (mode {stat.S_IMODE(mode):04o})",
-            file=path,
-            remedy=f"run `chmod 600 {path}`",
-        )
+    data = read_private(
+        path,
+        "private key",
+        limit=_KEY_FILE_LIMIT,
+        missing=f"make one with `martlet keygen {path}`",
+        others="use this private key",
+    )
     if len(data) > _KEY_FILE_LIMIT:
         raise ConfigError("this file is too large for a key", file=path, remedy="name a key file")
     return data
