@@ -36,6 +36,7 @@ from tunnel import announcement
 from tunnel.dialling import MAX_FOUND
 from tunnel.path.network import Address, LocalNetwork, canonical_ip, is_usable_remote
 from tunnel.shell.log import Log
+from tunnel.shell.soon import Soon
 
 SERVICE = "_martlet._udp.local."
 MAX_STATIONS = 8
@@ -74,7 +75,8 @@ class LinkDiscovery:
         self._stations: dict[str, _Station] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._told: dict[str, list[Address]] = {}
-        self._telling = False
+        self.tell = Soon(loop, self._tell_now)
+        """For stations: something may have been found, or be gone."""
         self._closing = False
         # It warns of what we know (an address that is just gone), straight to stderr.
         logging.getLogger("zeroconf").setLevel(logging.CRITICAL)
@@ -118,6 +120,7 @@ class LinkDiscovery:
     def stop(self) -> None:
         """Begin to say goodbye."""
         self._closing = True
+        self.tell.stop()
         for station in self._stations.values():
             station.stop()
 
@@ -149,16 +152,7 @@ class LinkDiscovery:
     def is_ours(self, name: str) -> bool:
         return any(station.name == name for station in self._stations.values())
 
-    def tell(self) -> None:
-        """Something may have been found, or be gone."""
-        if not self._telling and not self._closing:
-            self._telling = True
-            self._loop.call_soon(self._tell_now)
-
     def _tell_now(self) -> None:
-        self._telling = False
-        if self._closing:
-            return
         services: dict[str, list[list[Address]]] = {}
         for station in self._stations.values():
             for peer, addresses in station.services.values():

@@ -30,6 +30,7 @@ from tunnel.ice.portmap import (
 from tunnel.path.network import Address, LocalAddress, LocalNetwork, canonical_ip
 from tunnel.shell import clock
 from tunnel.shell.log import Log
+from tunnel.shell.soon import Soon
 from tunnel.shell.udp import SOCKET_MARK
 from tunnel.shell.upnp import FIRST_PORT, Upnp
 
@@ -60,7 +61,7 @@ class PortMapper:
         self._rng = rng
         self._asked: dict[Address, _Asked] = {}
         self._told: dict[Address, Address] = {}
-        self._telling = False
+        self._tell = Soon(loop, self._tell_now)
         self._ears: socket.socket | None = None
         self._closing = False
 
@@ -99,6 +100,7 @@ class PortMapper:
         if self._closing:
             return
         self._closing = True
+        self._tell.stop()
         now = clock.now()
         for asked in list(self._asked.values()):
             asked.mapping.close(now)
@@ -238,15 +240,7 @@ class PortMapper:
             )
         self._tell()
 
-    def _tell(self) -> None:
-        if not self._telling and not self._closing:
-            self._telling = True
-            self._loop.call_soon(self._tell_now)
-
     def _tell_now(self) -> None:
-        self._telling = False
-        if self._closing:
-            return
         mapped = {
             base: external
             for base, asked in self._asked.items()

@@ -17,6 +17,7 @@ from tunnel.shell.relay.live import Live
 from tunnel.shell.relay.slot import Slot
 from tunnel.shell.relay.ways import Place, Server, places, ways
 from tunnel.shell.resolver import Lookup, Resolver, lookup
+from tunnel.shell.soon import Soon
 from tunnel.shell.udp import UdpSocket, device_for
 
 
@@ -43,7 +44,6 @@ class Relays:
         self.loop = asyncio.get_running_loop()
         self.rng = random.SystemRandom()
         self.received = received
-        self._changed = changed
         self._opened, self._closing = opened, closing
         self._servers = list(dict.fromkeys(Server.of(config) for config in turn))
         self._resolved: dict[Server, list[Address]] = {}
@@ -53,8 +53,7 @@ class Relays:
         self._slots: dict[Place, Slot] = {}
         self._live: dict[Address, Live] = {}
         self._engine_side: dict[Address, Live] = {}
-        self._telling = False
-        self._closed = False
+        self._tell = Soon(self.loop, lambda: changed(self.relays))
 
     # ---- what the driver asks ----
 
@@ -135,7 +134,7 @@ class Relays:
 
     def close(self) -> None:
         """Give all addresses back."""
-        self._closed = True
+        self._tell.stop()
         self._resolver.close()
         for slot in self._slots.values():
             slot.close()
@@ -193,13 +192,3 @@ class Relays:
         del self._engine_side[live.udp.local]
         self._closing(live.udp)
         self._tell()
-
-    def _tell(self) -> None:
-        if not self._telling and not self._closed:
-            self._telling = True
-            self.loop.call_soon(self._told)
-
-    def _told(self) -> None:
-        self._telling = False
-        if not self._closed:
-            self._changed(self.relays)
