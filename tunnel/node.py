@@ -14,7 +14,7 @@ from typing import Any, TextIO
 
 from msgspec import structs
 
-from tunnel import report
+from tunnel import missing
 from tunnel.benches import BENCH_FEATURE
 from tunnel.config import Config, IPInterface, IPNetwork, PeerConfig
 from tunnel.control import PROTOCOL_VERSION, ApplicationError, Hello
@@ -440,14 +440,14 @@ class Node:
         key = peer.config.public_key.raw
         return None if self.meeting is None else self.meeting.status(key, now)
 
-    def _here(self) -> report.Here:
+    def _here(self) -> missing.Here:
         udp = None
         if self._gatherer.silent:
             servers = self._config.stun_servers
             implied = not self._config.ice.stun
             turn = bool(self._config.ice.turn)
-            udp = report.udp_obstacle(servers, self._relays, implied=implied, turn=turn)
-        return report.Here(
+            udp = missing.udp_obstacle(servers, self._relays, implied=implied, turn=turn)
+        return missing.Here(
             network=bool(self._surroundings.bases),
             turn=bool(self._config.ice.turn),
             relayed=bool(self._relays),
@@ -471,11 +471,11 @@ class Node:
             if udp is not None:
                 self._events.append(Obstructed(None, udp))
 
-    def _obstacles(self, here: report.Here, now: float) -> list[Obstacle]:
+    def _obstacles(self, here: missing.Here, now: float) -> list[Obstacle]:
         """What is in the way, not of one peer alone."""
         found = [] if here.udp is None else [here.udp]
-        missing = any(peer.state != "up" for peer in self.peers.values())
-        if self._stranger is not None and missing and now < self._stranger[0] + STRANGER_MEMORY:
+        sought = any(peer.state != "up" for peer in self.peers.values())
+        if self._stranger is not None and sought and now < self._stranger[0] + STRANGER_MEMORY:
             found.append(self._stranger[1])
         return found
 
@@ -618,7 +618,7 @@ class Node:
         if verdict is None:
             self.counters["strangers"] += 1
             if len(header.token) == MAC_LENGTH:  # as a martlet's, but made with another key
-                self._stranger = now, report.knocked(path.remote)
+                self._stranger = now, missing.knocked(path.remote)
             return None
         if not isinstance(verdict, Admitted):
             self.counters["retries"] += 1
@@ -683,7 +683,7 @@ class Node:
             self._events.append(PeerRefused(None, reason))
             return
         key = PublicKey(raw).openssh
-        self._stranger = now, report.unknown_key(key, session.active.remote)
+        self._stranger = now, missing.unknown_key(key, session.active.remote)
         self._events.append(PeerRefused(None, "no [[peer]] has its public key", key))
 
     def _reset_or_be_reset(self, header: Header, data: bytes, path: PathKey, now: float) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from tunnel import report
+from tunnel import missing, report
 from tunnel.benches import Benches
 from tunnel.config import PeerConfig, Redundancy
 from tunnel.control import (
@@ -97,7 +97,7 @@ class Peer:
         self.dialler = Dialler(config, lambda path, now: dial(self, path, now), emit)
         self.observed: str | None = None
         self.teller = Teller()
-        self._refusal: report.Refusal | None = None
+        self._refusal: missing.Refusal | None = None
         """Of the last handshake, if the peer has answered it so."""
         self.counters = {"handshakes": 0}
         self.roaming = Roaming(
@@ -351,7 +351,7 @@ class Peer:
         if self.dialler.forget(session):
             if self.session is None:
                 if event.application is None and event.code != APPLICATION_ERROR:
-                    self._refusal = report.Refusal(event.code, event.reason)
+                    self._refusal = missing.Refusal(event.code, event.reason)
                     reason = event.reason or f"connection error {event.code:#x}"
                     self._emit(PeerRefused(self.name, reason))
                     self.dialler.want(now + REFUSED_BACKOFF)
@@ -456,12 +456,12 @@ class Peer:
 
     # status
 
-    def obstacles(self, here: report.Here, meeting: dict[str, Any] | None) -> list[Obstacle]:
+    def obstacles(self, here: missing.Here, meeting: dict[str, Any] | None) -> list[Obstacle]:
         """What is in the way, while the peer is not up. `meeting` is what the rendezvous knows of
         it."""
         if self.state == "up":
             return []
-        return report.obstacles(
+        return missing.obstacles(
             here=here,
             endpoints=self.config.endpoint,
             resolved=self.dialler.resolved,
@@ -474,11 +474,11 @@ class Peer:
         self,
         now: float,
         meeting: dict[str, Any] | None = None,
-        here: report.Here | None = None,
+        here: missing.Here | None = None,
     ) -> dict[str, Any]:
         """This peer's part of `status --json`; times in milliseconds, sizes in bytes."""
         session = self.session
-        obstacles = self.obstacles(here or report.Here(), meeting)
+        obstacles = self.obstacles(here or missing.Here(), meeting)
         why = report.why(session, self.roaming, now) if session is not None else []
         if session is None and meeting is not None and meeting["heard_s"] is not None:
             why.append(f"it was heard of at the rendezvous {meeting['heard_s']:.0f} s ago")

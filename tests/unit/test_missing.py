@@ -12,9 +12,9 @@ from tunnel.config import Endpoint
 from tunnel.ice.agent import Agent
 from tunnel.ice.candidate import Candidate, Kind, Relay
 from tunnel.ice.pair import PairState
+from tunnel.missing import BAD_CERTIFICATE, Here, Refusal, obstacles, udp_obstacle
 from tunnel.obstacle import Obstacle, broker_remedy, certificate_reason, relay_remedy
 from tunnel.path.network import Address
-from tunnel.report import BAD_CERTIFICATE, Here, Refusal, obstacles, udp_obstacle
 
 PRIVATE = Candidate(Address("192.168.1.2", 4117), Kind.HOST, 0, False)
 PUBLIC = Candidate(Address("203.0.113.2", 4117), Kind.SRFLX, 0, False)
