@@ -13,17 +13,16 @@ NATs), keys.log, qlog/, the traces of probes and session. It is removed unless `
 from __future__ import annotations
 
 import secrets
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Literal
 
 from bench.ask import POLL, Asking
 from bench.capture import CORE_INTERFACES, Capture
+from bench.kept import KeptScene
 from bench.rival import WireGuardPair
 from bench.servers import Broker, Certificate, Stun, tables
 from bench.stream import Stream
@@ -62,7 +61,7 @@ class Network:
     nat: Kind = "full-cone"  # of A; B's forward a port
 
 
-class Bed(Asking):
+class Bed(KeptScene, Asking):
     """A context manager: the world and its tunnel; `up` adds probes and the ssh session.
 
     rendezvous: nobody forwards a port, all NATs are port-restricted, and the two ends meet by a
@@ -83,43 +82,18 @@ class Bed(Asking):
         rendezvous: bool = False,
     ) -> None:
         # Short: there are sockets in it, and the path of one has room for 107 bytes.
-        self.directory = ARTIFACTS / f"{name[:24]}-{secrets.token_hex(3)}"
+        super().__init__(ARTIFACTS / f"{name[:24]}-{secrets.token_hex(3)}")
         self.network = network
         self.mode = mode
-        self.failed = False
         self._uplinks = uplinks
         self._nat66 = nat66
         self._spacing = spacing
         self._keystroke = keystroke
         self._ring = ring
         self.rendezvous = rendezvous
-        self._stack = ExitStack()
         self.stream: Stream | None = None
 
     # ---- life ----
-
-    def __enter__(self) -> Bed:
-        (self.directory / "qlog").mkdir(parents=True)
-        with ExitStack() as stack:
-            stack.callback(self._clean)
-            self.failed = True  # until everything stands
-            self._build(stack)
-            self.failed = False
-            self._stack = stack.pop_all()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.failed = self.failed or isinstance(error, Exception)
-        self._stack.close()
-
-    def _clean(self) -> None:
-        if not self.failed:
-            shutil.rmtree(self.directory, ignore_errors=True)
 
     def _build(self, stack: ExitStack) -> None:
         network = self.network

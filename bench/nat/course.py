@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -14,8 +13,9 @@ from bench.nat.kinds import KINDS, Meeting, meetings
 from bench.nat.place import Place
 from bench.nat.runs import Settings, meet
 from bench.nat.table import Outcome, table
-from bench.options import PROGRAMS, Failures, plain
-from bench.run import machine, note, ready
+from bench.options import PROGRAMS, Failures
+from bench.record import record
+from bench.run import note, ready
 
 
 def measure(outcome: Outcome, settings: Settings, runs: int) -> None:
@@ -122,32 +122,14 @@ def main(arguments: list[str]) -> int:
         patience=options.patience,
     )
     outcomes: list[Outcome] = []
-    started = machine()
-
-    def write() -> None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        result = {
-            "options": plain(options),
-            "machine": started,
-            "meetings": [outcome.as_dict() for outcome in outcomes],
-        }
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
-
-    interrupted = False
-    try:
-        course(todo, settings, options.runs, outcomes, write)
-    except KeyboardInterrupt:
-        interrupted = True
-    finally:
-        shown = table(outcomes)
-        print(shown)
-        if options.markdown:
-            options.markdown.write_text(shown + "\n")
-        note(f"milliseconds; raw values: {options.out}")
-        for outcome in outcomes:
-            for folder in outcome.kept:
-                note(f"failed: {outcome.meeting}: {folder}")
-    if interrupted:
-        print("interrupted", file=sys.stderr)
+    complete = record(
+        options,
+        "meetings",
+        outcomes,
+        lambda write: course(todo, settings, options.runs, outcomes, write),
+        lambda: table(outcomes),
+        lambda outcome: outcome.meeting,
+    )
+    if not complete:
         return 130
     return 0 if all(outcome.good for outcome in outcomes) else 1

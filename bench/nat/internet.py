@@ -27,7 +27,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
-from types import TracebackType
 
 from bench.nat.kinds import Meeting, Stage
 from bench.natbox import BoxNat
@@ -36,6 +35,7 @@ from cli.demo.core import Core
 from cli.demo.nat import LAN, WAN, Kind, Nat, NftNat
 from cli.demo.nat import Mapping as NatMapping
 from cli.demo.netns import Namespace, Namespaces
+from cli.demo.scene import Scene
 from cli.demo.world import PORT, Happened, Host, HostName
 from tunnel.path.network import Address
 
@@ -75,7 +75,7 @@ class Router:
     ports: int = 0  # of its switch
 
 
-class Internet:
+class Internet(Scene):
     """Builds the topology of the module docstring; a context manager that removes it again.
 
     delay: seconds each way on each wire. turn: whether there is a TURN server. dialled: A's
@@ -92,6 +92,7 @@ class Internet:
         dialled: bool = False,
         directory: Path | None = None,
     ) -> None:
+        super().__init__()
         self.meeting = meeting
         self.family = meeting.a.family
         self.families: Sequence[int] = (self.family,)
@@ -99,21 +100,6 @@ class Internet:
         self._with_turn = turn
         self._dialled = dialled
         self._directory = directory
-        self._stack = ExitStack()
-
-    def __enter__(self) -> Internet:
-        with ExitStack() as stack:
-            self._build(stack)
-            self._stack = stack.pop_all()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._stack.close()
 
     # ---- building ----
 

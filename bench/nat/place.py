@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import re
 import secrets
-import shutil
 from collections.abc import Mapping
 from contextlib import ExitStack
-from types import TracebackType
 from typing import Any
 
 from bench.ask import Asking
 from bench.bed import ARTIFACTS
 from bench.capture import Capture
+from bench.kept import KeptScene
 from bench.nat.internet import HOSTS, Internet
 from bench.nat.kinds import Meeting
 from bench.servers import tables
@@ -25,7 +24,7 @@ from cli.demo.pair import Pair
 from cli.demo.world import HostName
 
 
-class Place(Asking):
+class Place(KeptScene, Asking):
     """A context manager; the tunnels are prepared, not started. See `Internet` for the arguments.
 
     environment is added to that of both tunnels, settings to both configurations.
@@ -43,39 +42,12 @@ class Place(Asking):
     ) -> None:
         # Short: there are sockets in it, and the path of one has room for 107 bytes.
         name = re.sub(r"[^A-Za-z0-9-]+", "-", str(meeting))[:32].strip("-")
-        self.directory = ARTIFACTS / f"nat-{name}-{secrets.token_hex(3)}"
-        self.failed = False
+        super().__init__(ARTIFACTS / f"nat-{name}-{secrets.token_hex(3)}")
         self.net = Internet(
             meeting, delay=delay, turn=turn, dialled=dialled, directory=self.directory
         )
         self._settings = settings
         self._environment = environment or {}
-        self._stack = ExitStack()
-
-    def __enter__(self) -> Place:
-        (self.directory / "qlog").mkdir(parents=True)
-        with ExitStack() as stack:
-            stack.callback(self._clean)
-            self.failed = True  # until everything stands
-            self._build(stack)
-            self.failed = False
-            self._stack = stack.pop_all()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if isinstance(error, Exception):
-            self.failed = True
-            error.add_note(f"what happened is in {self.directory}")
-        self._stack.close()
-
-    def _clean(self) -> None:
-        if not self.failed:
-            shutil.rmtree(self.directory, ignore_errors=True)
 
     def _build(self, stack: ExitStack) -> None:
         net = stack.enter_context(self.net)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -14,11 +12,12 @@ from pathlib import Path
 
 from bench import rival
 from bench.bed import Bed
-from bench.options import PROGRAMS, Failures, add_network_options, network, plain
+from bench.options import PROGRAMS, Failures, add_network_options, network
+from bench.record import record
 from bench.roam.rows import RIVAL, ROWS, Row, cells
 from bench.roam.runs import Cell, Settings
 from bench.roam.table import Outcome, table
-from bench.run import machine, note, ready
+from bench.run import note, ready
 
 _TRIES = 2  # beds in a row on which nothing could be measured
 
@@ -119,31 +118,14 @@ def main(arguments: list[str]) -> int:
     todo = cells(rows, options.redundancy, against, options.mover)
     settings = Settings(network(options), options.suspend, options.outage)
     outcomes: list[Outcome] = []
-    started = machine()
-
-    def write() -> None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        result = {
-            "options": plain(options),
-            "machine": started,
-            "cells": [outcome.as_dict() for outcome in outcomes],
-        }
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
-
-    interrupted = False
-    try:
-        course(todo, settings, options, outcomes, write)
-    except KeyboardInterrupt:
-        interrupted = True
-    finally:
-        shown = table(outcomes)
-        print(shown)
-        if options.markdown:
-            options.markdown.write_text(shown + "\n")
-        note(f"milliseconds; raw values: {options.out}")
-        for outcome in outcomes:
-            for folder in outcome.kept:
-                note(f"failed: {outcome.cell}: {folder}")
+    complete = record(
+        options,
+        "cells",
+        outcomes,
+        lambda write: course(todo, settings, options, outcomes, write),
+        lambda: table(outcomes),
+        lambda outcome: outcome.cell,
+    )
     ours = [outcome for outcome in outcomes if outcome.cell.mode != RIVAL]
     good = all(
         outcome.runs
@@ -151,7 +133,6 @@ def main(arguments: list[str]) -> int:
         and all(outcome.met(way) is not False for way in outcome.ways())
         for outcome in ours
     )
-    if interrupted:
-        print("interrupted", file=sys.stderr)
+    if not complete:
         return 130
     return 0 if good else 1

@@ -29,13 +29,13 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from ipaddress import ip_network
 from pathlib import Path
-from types import TracebackType
 from typing import Literal, NamedTuple, TypeVar
 
 from cli.demo.core import Core
 from cli.demo.nat import LAN, WAN, Kind, Nat, NftNat
 from cli.demo.nat import Mapping as NatMapping
 from cli.demo.netns import Namespace, Namespaces
+from cli.demo.scene import Scene
 
 PORT = 4117  # the tunnel's port at both hosts, and the forwarded one of B's NATs
 HostName = Literal["A", "B"]
@@ -126,7 +126,7 @@ class Host:
 NatFactory = Callable[["World", Uplink], Nat]
 
 
-class World:
+class World(Scene):
     """Builds the topology of the module docstring; a context manager that removes it again.
 
     families: address families outside the tunnel. delay: seconds each way on each wire. nat66:
@@ -152,6 +152,7 @@ class World:
         servers: Sequence[str] = (),
         directory: Path | None = None,
     ) -> None:
+        super().__init__()
         self.families = tuple(families)
         self.delay = delay
         self.nat66 = nat66
@@ -161,22 +162,7 @@ class World:
         self._nats = dict(nats or {})
         self._counts = uplinks
         self._serving = tuple(servers)
-        self._stack = ExitStack()
         self._directory = directory
-
-    def __enter__(self) -> World:
-        with ExitStack() as stack:
-            self._build(stack)
-            self._stack = stack.pop_all()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._stack.close()
 
     # ---- building ----
 
