@@ -143,27 +143,24 @@ def test_an_address_that_comes_later_is_used_when_it_is_there(lab: Lab) -> None:
         lab.run(main)
 
 
-def test_a_forgotten_mapping_shows_when_the_network_changes(lab: Lab) -> None:
+@pytest.mark.parametrize(
+    ("event", "limit"),
+    [
+        (lambda signaller: signaller.network_changed(), SOON),
+        (lambda signaller: signaller.publish(TOPIC, b"into the void"), 2 * SOON),
+    ],
+    ids=["the network changes", "something is published"],
+)
+def test_a_forgotten_mapping_shows_when(
+    lab: Lab, event: Callable[[Signaller], None], limit: float
+) -> None:
     async def main(host: Host) -> None:
         await host.greeted(1)
         await asyncio.to_thread(lab.forget)
         started = time.monotonic()
-        host.signaller.network_changed()
+        event(host.signaller)
         await host.greeted(2)
-        assert time.monotonic() - started < SOON
-
-    with lab.rendezvous():
-        lab.run(main)
-
-
-def test_a_forgotten_mapping_shows_when_something_is_published(lab: Lab) -> None:
-    async def main(host: Host) -> None:
-        await host.greeted(1)
-        await asyncio.to_thread(lab.forget)
-        started = time.monotonic()
-        host.signaller.publish(TOPIC, b"into the void")
-        await host.greeted(2)
-        assert time.monotonic() - started < 2 * SOON
+        assert time.monotonic() - started < limit
 
     with lab.rendezvous():
         lab.run(main)
