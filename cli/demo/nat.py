@@ -125,11 +125,17 @@ class NftNat:
         # the old mapping. One shell, so that the time between the steps is not that of starting
         # subprocesses from Python.
         steps = [f"nft -f - <<'RULES'\n{self._ruleset()}\nRULES", move or "true", "status=$?"]
-        for family in self.mappings:  # conntrack calls an empty table a failure
-            # Of a host that moved, only what it was: where it is now it may have asked something
-            # already, and a router that forgot that would not let the answer in.
-            old = [f"--{way}-src {gone[family]}" for way in ("orig", "reply")] if gone else [""]
-            steps += [f"conntrack -D -f ipv{family} -p udp {one} >/dev/null 2>&1" for one in old]
+        # Of a host that moved, only what it was: where it is now it may have asked something
+        # already, and a router that forgot that would not let the answer in. By one process: until
+        # it is done, the flow leads to the address that is gone.
+        forget = [
+            f"-D -f ipv{family} -p udp {which}"
+            for family in self.mappings
+            for which in (
+                [f"--{way}-src {gone[family]}" for way in ("orig", "reply")] if gone else [""]
+            )
+        ]
+        steps.append("conntrack -R - >/dev/null 2>&1 <<'FORGET'\n" + "\n".join(forget) + "\nFORGET")
         # A router has processors of its own: this must not take those of the hosts.
         self.space.run(["nice", "-n", "19", "sh", "-c", "\n".join([*steps, "exit $status"])])
 
