@@ -63,6 +63,10 @@ NETWORK_SHARE = 0.2
 """Share of the time that looking may take in a storm of events. A look takes 0.2 ms on a laptop,
 but grows with the routing table."""
 
+FOLLOW_AFTER = 0.25
+"""Seconds from a change of the network to what follows it (`ports.Follower`): none of it is in a
+hurry, a new announcement on the link alone takes 5 ms, and that is when packets must move."""
+
 NETWORK_RETRY = 1.0
 """Seconds until the next look when the kernel did not answer, or an address could not be bound."""
 
@@ -137,8 +141,12 @@ class Driver:
         self._heartbeat = -inf
         self._network: LocalNetwork | None = None  # as the kernel told it
         self._told: LocalNetwork | None = None  # as the node was told
+        self._followed: LocalNetwork | None = None  # as followers were
         self._look_again = -inf
         self._look: asyncio.TimerHandle | None = None
+        self._follow: asyncio.TimerHandle | None = None
+        self._slept = False
+        """Whether followers are to hear of a resume."""
         self._pings: dict[int, Callable[[float], None]] = {}
         self._benches = Benches(tun.name)
         self._offers: dict[int, Callable[[BenchAnswer], None]] = {}
@@ -190,7 +198,7 @@ class Driver:
 
     def close(self) -> None:
         """Stop watching and close sockets and alarm; device and monitor belong to the caller."""
-        for timer in (self._look, self._closing):
+        for timer in (self._look, self._follow, self._closing):
             if timer is not None:
                 timer.cancel()
         self._resolver.close()
@@ -393,7 +401,8 @@ class Driver:
                 self._node.resumed(now)
                 if self._signaller is not None:
                     self._signaller.network_changed()
-                self._loop.call_soon(self._each, lambda follower: follower.resumed())
+                self._slept = True
+                self._follow_later()
             feed(now)
         except TunError as error:
             self._fail(error)
@@ -534,14 +543,25 @@ class Driver:
             self._loop.call_soon(self._resolver.retry)
             if self._signaller is not None:
                 self._signaller.network_changed()
-            port = self._sockets.port
-            self._loop.call_soon(
-                self._each, lambda follower: follower.network_changed(usable, port)
-            )
+            self._follow_later()
 
     def _look_later(self, seconds: float) -> None:
         if self._look is None:
             self._look = self._loop.call_later(seconds, self._on_look)
+
+    def _follow_later(self) -> None:
+        if self._follow is None:
+            self._follow = self._loop.call_later(FOLLOW_AFTER, self._tell_followers)
+
+    def _tell_followers(self) -> None:
+        self._follow = None
+        slept, self._slept = self._slept, False
+        network, port = self._told, self._sockets.port
+        if network is not None and network != self._followed:
+            self._followed = network
+            self._each(lambda follower: follower.network_changed(network, port))
+        if slept:
+            self._each(lambda follower: follower.resumed())
 
     # ---- helpers ----
 
