@@ -174,8 +174,7 @@ class Roaming:
     def network_changed(self, surroundings: Surroundings, now: float) -> None:
         """A full snapshot of what this host can send from."""
         before, self.surroundings = self.surroundings, surroundings
-        if before.network.addresses:
-            self._interface_of = {a.ip: a.interface for a in before.network.addresses}
+        self._remember_interfaces(before.network)
         self.agent.bases_changed(surroundings.network, surroundings.bases, now)
         session = self._open
         if session is None:
@@ -194,6 +193,15 @@ class Roaming:
             self._flee(session, now)
         self.agent.check_now(now)
         self._arrange(now)
+
+    def _remember_interfaces(self, network: LocalNetwork) -> None:
+        """Of the addresses there were, and of the one in use: several steps may lie between its end
+        and the first from which there is a way again."""
+        if network.addresses:
+            session = self._session
+            used = session.active.local.host if session is not None else None
+            kept = {ip: name for ip, name in self._interface_of.items() if ip == used}
+            self._interface_of = kept | {a.ip: a.interface for a in network.addresses}
 
     def sockets_changed(self, surroundings: Surroundings, now: float) -> None:
         """There are more or fewer sockets, or relays, on the same addresses."""

@@ -24,7 +24,7 @@ from tests.sim.world import PORT, Uplink, World
 from tunnel.events import PeerHolding, PeerUp
 from tunnel.ice.pair import PairState
 from tunnel.ledger import Migration, Trigger
-from tunnel.path.network import PathKey
+from tunnel.path.network import LocalAddress, LocalNetwork, PathKey
 
 MS = 0.001
 DENSE_MINUTES = int(os.environ.get("MARTLET_SIM_MINUTES", "2"))
@@ -557,3 +557,22 @@ def test_why_lists_every_path() -> None:
         assert len(paths) >= 4
         for path in paths:
             assert sum(path in line for line in status["why"]) == 1, path
+
+
+def test_an_address_that_goes_in_steps_is_named_by_its_interface() -> None:
+    """As `ip addr del`, `ip addr add` and `ip route add` come, each seen by itself."""
+    world = World(delay=OWD)
+    world.boot()
+    world.run_until(lambda: world.both_up, 5.0)
+    (uplink,) = world.a.uplinks
+    old, routes = uplink.ip, world.a.network().routes
+    there = LocalAddress("192.168.7.10", uplink.interface)
+    for network in (LocalNetwork((), routes), LocalNetwork((there,), ())):
+        world.a.node.network_changed(network, PORT, world.now)
+        world.pump(world.a)
+        world.run(0.1)
+    world.readdress("a", uplink, there.ip)
+    world.run(1.0)
+    assert world.both_up
+    (peer,) = world.a.node.status(world.now)["peers"]
+    assert f"{old} is gone from {uplink.interface}" in peer["why"][0]
